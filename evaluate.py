@@ -1,0 +1,114 @@
+"""Evaluation of TimeBalance: accuracy on the test videos, from 10 clips x 3 scales each (Sec. 4.2).
+
+Takes run folders, of which it evaluates every classifier, or checkpoints. Prints a table that can be pasted into Markdown
+and writes results.json beside the checkpoints; several folders (say, of different seeds) add a table of means.
+
+    python evaluate.py                                                # runs/toy
+    python evaluate.py runs/ucf101/student.pt
+    torchrun --nproc-per-node 4 evaluate.py runs/ucf101               # the videos are shared among the processes
+    python evaluate.py runs/toy-0 runs/toy-1 runs/toy-2
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import (
+    Parser, UserError, add_device_arguments, build_model, class_probabilities, command, number, print0, rank,
+    read_checkpoint, read_videos, start, write_atomically)
+
+
+@command
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="*", type=Path, default=[Path("runs/toy")], metavar="PATH",
+                        help="run folders or checkpoints (default runs/toy)")
+    parser.add_argument("--clips", type=number(int, 1), default=10, metavar="N", help="clips per video (default 10)")
+    parser.add_argument("--scales", type=number(float, 0.01, 1), nargs="+", default=[1.0, 0.8, 0.7], metavar="X",
+                        help="centre crops, as shares of the short side (default 1.0 0.8 0.7)")
+    parser.add_argument("--root", metavar="DIR", help="folder of the data set (default: as in training)")
+    add_device_arguments(parser)
+    args = parser.parse_args(argv)
+    device = start(args)
+
+    tables = {}
+    for folder, files in find_classifiers(args.paths).items():
+        tables[folder] = [evaluate(file, saved, args, device) for file, saved in files]
+        if rank() == 0:
+            write_atomically(folder / "results.json", lambda file: file.write(json.dumps(tables[folder], indent=1).encode()))
+        rows = [[r["checkpoint"], r["labeled_count"]] + [f"{r[key]:.1f}" for key in METRICS] for r in tables[folder]]
+        print_table([f"{folder}", "labels", *METRICS.values()], rows)
+    if len(tables) > 1:
+        names = dict.fromkeys(r["checkpoint"] for results in tables.values() for r in results)
+        rows = []
+        for name in names:
+            same = [r for results in tables.values() for r in results if r["checkpoint"] == name]
+            means = [f"{np.mean(v):.1f} ± {np.std(v, ddof=len(v) > 1):.1f}" for v in
+                     ([r[key] for r in same] for key in METRICS)]
+            rows.append([name, len(same), *means])
+        print_table(["mean ± standard deviation", "runs", *METRICS.values()], rows)
+
+
+METRICS = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class"}
+
+
+def find_classifiers(paths):
+    """{folder: [(file, content), ...]}: the finished and unfinished classifiers in run folders, or named themselves."""
+    found = {}
+    for path in paths:
+        files = [path] if not path.is_dir() else sorted(
+            path.glob("*.pt"), key=lambda p: (p.stem.startswith("student"), p.stem != "labeled_only", p.stem))
+        for file in files:
+            saved = read_checkpoint(file)
+            if saved.get("stage") in ("finetune", "student"):
+                found.setdefault(file.parent, []).append((file, saved))
+            elif not path.is_dir():
+                raise UserError(f"{file}: written by {saved.get('stage') or 'another program'}, it classifies nothing")
+        if path.is_dir() and path not in found:
+            raise UserError(f"{path}: no classifier here; finetune.py and train_student.py write them")
+    return found
+
+
+def evaluate(file, saved, args, device):
+    """Evaluate one classifier -> its entry of results.json, accuracies in per cent."""
+    begin = time.perf_counter()
+    settings = argparse.Namespace(**{**saved["args"], "workers": args.workers, "precision": args.precision})
+    videos = read_videos(settings.data, args.root or settings.root, False, settings.split)
+    if videos.classes != saved["classes"]:
+        raise UserError(f"{file}: made for other classes than those of {videos.folder}")
+    model = build_model(saved["arch"], len(videos.classes))
+    model.load_state_dict(saved["model"])
+    model.to(device, memory_format=torch.channels_last_3d)
+    rows, unreadable = class_probabilities(model, videos, args.clips, args.scales, settings, device, file.name)
+    if unreadable:
+        print0(f"{len(unreadable)} test videos cannot be decoded and count as wrong")
+    hits = np.zeros((len(videos), 2), bool)  # top-1, top-5
+    for i, p in rows.items():
+        best = p.topk(min(5, len(p))).indices.tolist()
+        hits[i] = videos.labels[i] == best[0], videos.labels[i] in best
+    per_class = {name: 100 * hits[videos.labels == c, 0].mean() for c, name in enumerate(videos.classes)
+                 if (videos.labels == c).any()}
+    return {"checkpoint": file.name, "stage": saved["stage"], "init": settings.init, "arch": saved["arch"],
+            "data": settings.data, "split": settings.split, "percent": settings.percent,
+            "labeled_count": len(saved["labeled"]), "seed": settings.seed, "epochs": saved["epoch"],
+            "top1": 100 * hits[:, 0].mean(), "top5": 100 * hits[:, 1].mean(),
+            "mean_class_accuracy": float(np.mean(list(per_class.values()))), "videos": len(videos),
+            "unreadable": len(unreadable), "clips": args.clips, "scales": args.scales,
+            "seconds": round(time.perf_counter() - begin, 1), "per_class": per_class}
+
+
+def print_table(header, rows):
+    rows = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    for row in rows:
+        print0("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
+    print0()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Stage 1a of TimeBalance: the temporally-invariant teacher (Sec. 3.1.1, Eq. 1; Algorithm 1, lines 8-11).
+
+Clips of one video are to agree, clips of different videos to differ. Reads the training videos and no label. Writes
+OUT/inv.pt: backbone, projection head, and each video's temporal similarity matrix (Eq. 5), which stage 3 weighs by.
+
+    python pretrain_inv.py                                       # toy videos: a minute on a CPU
+    python pretrain_inv.py --data ucf101                         # one GPU
+    torchrun --nproc-per-node 4 pretrain_inv.py --data ucf101    # four GPUs, the same batch of 40 videos in all
+
+It prints a line for each epoch; the loss falls from about log(2 * batch) towards 1 and less.
+"""
+
+import functools
+
+import numpy as np
+import torch
+
+from common import (
+    STRONG, Embedder, Pool, Run, VideoStream, all_gather, augment, autocast, build_model, command, draw, input_dtype,
+    invariant_loss, measure_similarity, number, random_span, settle_arguments, stage_parser, start, to_input,
+    training_videos)
+
+
+@command
+def main(argv=None):
+    parser = stage_parser(__doc__, "pretrain")
+    parser.groups["training"].add_argument("--temperature", type=number(float, 1e-3), default=0.1, metavar="X",
+                                           help="temperature of the contrastive loss (default 0.1)")
+    parser.groups["run"].add_argument("--name", default="inv", help="the checkpoint is OUT/NAME.pt (default inv)")
+    args = parser.parse_args(argv)
+    device = start(args)
+    settle_arguments(args, "pretrain")
+
+    videos = training_videos(args)
+    videos.hide_labels()
+    torch.manual_seed(args.seed)
+    embedder = Embedder(build_model(args.arch, len(videos.classes)))
+    parts = {"model": embedder.backbone, "head": embedder.head}
+    run = Run(args, "pretrain_inv", args.name, embedder, parts, videos, device)
+    if run.finished:
+        return
+    n = args.clips
+    span = functools.partial(random_span, seed=args.seed, frames=n * args.frames, stride=args.stride)
+    stream = VideoStream(videos, [Pool(np.arange(len(videos)), args.batch, cycle=False)], span, args, device, run)
+
+    for _ in run.epochs():
+        for batch in run.steps(stream):
+            clips = [augment(clip, args.size, STRONG, draw(args.seed, *key, t))
+                     for video, key in zip(batch.frames, batch.keys) for t, clip in enumerate(video.split(args.frames))]
+            with autocast(args, device):
+                z = run.net(to_input(clips, embedder.backbone, input_dtype(args)))  # (own videos * n, 128)
+            z = all_gather(z.unflatten(0, (-1, n)))  # (B, n, 128): the other processes' videos are negatives, too
+            loss = invariant_loss(z, args.temperature)  # Eq. 1
+            run.optimizer.zero_grad()
+            loss.backward()
+            run.optimizer.step()
+            run.record(len(clips), loss=loss)
+
+    run.finish(**measure_similarity(embedder, videos, args, device))  # Algorithm 1, line 16
+
+
+if __name__ == "__main__":
+    main()

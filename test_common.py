@@ -1,0 +1,483 @@
+"""Tests: pytest test_common.py (a few minutes on two cores).
+
+Those that read real UCF101, HMDB51 and Kinetics files look for them, and for the official lists, in the folder named by
+TIMEBALANCE_TEST_DATA (videos/ and splits/), and are skipped where it is not set.
+"""
+
+import math
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+import common as tb
+
+# ------------------------------------------------------------------------------------------------------------------
+# Losses and TSTR, against loops transcribed from the paper
+
+
+def h(u1, u2, tau):
+    return math.exp(float(u1 @ u2) / (float(u1.norm()) * float(u2.norm()) * tau))
+
+
+def loop_invariant(z, tau):  # Eq. 1
+    B, n, _ = z.shape
+    total = 0
+    for i in range(B):
+        for t1 in range(n):
+            for t2 in range(n):
+                if t2 == t1:
+                    continue
+                denominator = 0
+                for j in range(B):
+                    if j != i:
+                        denominator += h(z[i, t1], z[j, t1], tau)
+                    denominator += h(z[i, t1], z[j, t2], tau)
+                total -= math.log(h(z[i, t1], z[i, t2], tau) / denominator)
+    return total / (B * n * (n - 1))
+
+
+def loop_distinctive(z, z_aug, tau):  # Eq. 3, with the positive in the denominator, either view as anchor
+    B, n, _ = z.shape
+    total = 0
+    for a, b in [(z, z_aug), (z_aug, z)]:
+        for i in range(B):
+            for t1 in range(n):
+                positive = h(a[i, t1], b[i, t1], tau)
+                denominator = positive
+                for t2 in range(n):
+                    if t2 != t1:
+                        denominator += h(a[i, t1], a[i, t2], tau) + h(a[i, t1], b[i, t2], tau)
+                total -= math.log(positive / denominator)
+    return total / (2 * B * n)
+
+
+def loop_unpooled(z_local, z_global, tau):  # Fig. 7: aligned clip and slice agree, misaligned ones do not
+    B, n, _ = z_local.shape
+    total = 0
+    for i in range(B):
+        for t in range(n):
+            aligned = h(z_local[i, t], z_global[i, t], tau)
+            total -= math.log(aligned / sum(h(z_local[i, t], z_global[i, k], tau) for k in range(n)))
+            total -= math.log(aligned / sum(h(z_local[i, k], z_global[i, t], tau) for k in range(n)))
+    return total / (2 * B * n)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_losses_equal_the_paper_s_loops(seed):
+    rng = np.random.default_rng(seed)
+    B, n, d, tau = rng.integers(2, 7), rng.integers(2, 6), rng.integers(2, 40), float(rng.uniform(0.07, 1))
+    a, b = (torch.tensor(rng.normal(0, rng.uniform(0.1, 10), (B, n, d)), dtype=torch.float64) for _ in range(2))
+    assert tb.invariant_loss(a, tau).item() == pytest.approx(loop_invariant(a, tau), rel=1e-4)
+    assert tb.distinctive_loss(a, b, tau).item() == pytest.approx(loop_distinctive(a, b, tau), rel=1e-4)
+    assert tb.unpooled_distinctive_loss(a, b, tau).item() == pytest.approx(loop_unpooled(a, b, tau), rel=1e-4)
+
+
+def test_losses_closed_form():
+    tau, B, n = 0.5, 5, 3
+    same = torch.ones(B, n, 8)  # every h is exp(1 / tau): only the number of terms counts
+    assert tb.invariant_loss(same, tau).item() == pytest.approx(math.log(2 * B - 1))
+    assert tb.distinctive_loss(same, same, tau).item() == pytest.approx(math.log(2 * n - 1))
+    assert tb.unpooled_distinctive_loss(same, same, tau).item() == pytest.approx(math.log(n))
+    videos = torch.eye(B)[:, None].expand(B, n, B)  # clips of one video equal, of two orthogonal
+    assert tb.invariant_loss(videos, tau).item() == pytest.approx(math.log(1 + 2 * (B - 1) * math.exp(-1 / tau)))
+    clips = torch.eye(n).expand(B, n, n)  # clips of one video orthogonal, both augmentations equal
+    assert tb.distinctive_loss(clips, clips, tau).item() == pytest.approx(math.log(1 + 2 * (n - 1) * math.exp(-1 / tau)))
+    assert tb.unpooled_distinctive_loss(clips, clips, tau).item() == pytest.approx(
+        math.log(1 + (n - 1) * math.exp(-1 / tau)))
+
+
+def test_losses_pull_and_push_the_right_way():
+    """Down the gradient, clips of one video approach under L_I and part under L_D1; aligned clip and slice approach."""
+    torch.manual_seed(0)
+    z = (torch.randn(6, 1, 16) + 0.5 * torch.randn(6, 4, 16)).requires_grad_()
+    other = torch.randn(6, 4, 16)
+    off_diagonal = ~torch.eye(4, dtype=torch.bool)
+
+    def change(loss, measure):
+        gradient, = torch.autograd.grad(loss, z)
+        return (measure(z - 10 * gradient) - measure(z)).item()
+
+    def likeness(z):
+        return tb.temporal_similarity(z)[:, off_diagonal].mean()
+
+    assert change(tb.invariant_loss(z), likeness) > 0.005
+    assert change(tb.distinctive_loss(z, z.detach()), likeness) < -0.005
+    assert change(tb.unpooled_distinctive_loss(z, other), lambda z: F.cosine_similarity(z, other, dim=2).mean()) > 0.005
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_are_finite_at_the_corners(dtype):
+    corners = {"identical": torch.ones(2, 2, 4), "opposite": torch.tensor([[[1.0], [-1]], [[-1], [1]]]),
+               "huge": 1e4 * torch.randn(2, 2, 4), "zero": torch.zeros(2, 2, 4)}
+    for z in corners.values():
+        for loss in (tb.invariant_loss, lambda z: tb.distinctive_loss(z, z), lambda z: tb.unpooled_distinctive_loss(z, z)):
+            leaf = z.to(dtype).requires_grad_()
+            value = loss(leaf)
+            value.backward()
+            assert value.dtype == torch.float32 and value.isfinite() and leaf.grad.isfinite().all()
+    one_hot = torch.eye(3)[:2].to(dtype)
+    for kind in ("l2", "kl", "js"):
+        for teacher in (one_hot, one_hot.flip(0)):
+            leaf = one_hot.clone().requires_grad_()
+            value = tb.distillation_loss(leaf, teacher, kind)
+            value.backward()
+            assert value.isfinite() and leaf.grad.isfinite().all()
+
+
+def test_losses_are_float32_inside_autocast():
+    torch.manual_seed(0)
+    z, w = torch.randn(8, 4, 128), torch.randn(8, 4, 128)
+    for loss in (lambda: tb.invariant_loss(z), lambda: tb.distinctive_loss(z, w), lambda: tb.temporal_similarity(z).sum(),
+                 lambda: tb.unpooled_distinctive_loss(z, w)):
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = loss()
+        assert inside.dtype == torch.float32 and torch.equal(inside, loss())
+
+
+def test_losses_refuse_wrong_shapes():
+    z = torch.randn(3, 4, 8)
+    for wrong in (lambda: tb.invariant_loss(z[0]), lambda: tb.invariant_loss(z[:1]), lambda: tb.invariant_loss(z[:, :1]),
+                  lambda: tb.distinctive_loss(z, z[:2]), lambda: tb.unpooled_distinctive_loss(z, z[:, :2]),
+                  lambda: tb.temporal_similarity(z[0]), lambda: tb.similarity_score(z, z[:2]),
+                  lambda: tb.combine_teachers(z[0], z[0], z[0]), lambda: tb.distillation_loss(z[0], z[1, :2]),
+                  lambda: tb.distillation_loss(z[0], z[1], "l1")):
+        with pytest.raises(ValueError):
+            wrong()
+
+
+def test_tstr_equals_the_paper_s_sums():
+    torch.manual_seed(0)
+    z_inv, z_dist = torch.randn(5, 4, 16) + 1, torch.randn(5, 4, 16) + 0.5
+    c_inv, c_dist = tb.temporal_similarity(z_inv), tb.temporal_similarity(z_dist)
+    p_inv, p_dist = torch.rand(5, 7).softmax(1), torch.rand(5, 7).softmax(1)
+    s = tb.similarity_score(c_inv, c_dist)
+    p = tb.combine_teachers(p_inv, p_dist, s)
+    for i in range(5):
+        total = 0
+        for t1 in range(4):
+            for t2 in range(4):
+                assert c_inv[i, t1, t2].item() == pytest.approx(
+                    float(F.cosine_similarity(z_inv[i, t1], z_inv[i, t2], 0)), abs=1e-6)  # Eq. 5
+                if t1 != t2:
+                    total += float(c_inv[i, t1, t2] + c_dist[i, t1, t2])
+        assert s[i].item() == pytest.approx(total / (2 * 4 * 3), abs=1e-6)  # Eq. 6
+        assert torch.allclose(p[i], s[i] * p_inv[i] + (1 - s[i]) * p_dist[i])  # Eq. 7
+    assert torch.allclose(p.sum(1), torch.ones(5))
+
+
+def test_similarity_score_is_clamped():
+    ones = torch.ones(1, 3, 3)
+    assert tb.similarity_score(ones, ones).item() == 1
+    assert tb.similarity_score(-ones, ones - 1).item() == 0
+    assert tb.similarity_score(1.5 * ones, ones).item() == 1
+    diagonal = 99 * torch.eye(3)[None]
+    assert tb.similarity_score(0.5 * ones + diagonal, 0.25 * ones + diagonal).item() == pytest.approx(0.375)
+
+
+def test_distillation_losses():
+    p, q = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]]), torch.tensor([[0.25, 0.25, 0.5], [0.2, 0.3, 0.5]])
+    l2 = 2 * 0.25 ** 2 + 0.5 ** 2
+    kl_of_teacher = 0.25 * math.log(0.25 / 0.5) * 2 + 0.5 * math.log(0.5 / 1e-8)
+    m = [0.375, 0.375, 0.25]
+    js = (2 * 0.5 * math.log(0.5 / m[0]) + 2 * 0.25 * math.log(0.25 / m[0]) + 0.5 * math.log(0.5 / m[2])) / 2
+    for kind, value in {"l2": l2, "kl": kl_of_teacher, "js": js}.items():  # the second row is equal: mean over two
+        assert tb.distillation_loss(p, q, kind).item() == pytest.approx(value / 2, rel=1e-5)
+    q[0] = torch.tensor([0.1, 0.6, 0.3])
+    p[0] = torch.tensor([0.3, 0.3, 0.4])
+    assert tb.distillation_loss(p, q, "kl").item() == pytest.approx(float(F.kl_div(p.log(), q, reduction="batchmean")))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def fill_by_formula(model):
+    """Weights and statistics that anyone can compute, in eval mode."""
+    for k, (name, w) in enumerate(model.state_dict().items()):
+        wave = torch.cos(torch.arange(w.numel(), dtype=torch.float64) * (1 + k / 10)).view(w.shape)
+        if w.ndim == 5:
+            w.copy_(wave * (2 / w[0].numel()) ** 0.5)
+        elif "norm" in name and name.endswith(("weight", "running_var")):
+            w.copy_(1 + wave / 2)
+        elif w.dtype.is_floating_point:
+            w.copy_(wave / 10)
+    return model.eval()
+
+
+def stock_r3d_18_with_the_readme_s_surgery(num_classes):
+    stock = torchvision.models.video.r3d_18(num_classes=num_classes)
+    conv, shortcut = stock.layer4[0].conv1[0], stock.layer4[0].downsample[0]
+    conv.stride, conv.dilation, conv.padding, shortcut.stride = (1, 2, 2), (2, 1, 1), (2, 1, 1), (1, 2, 2)
+    return stock
+
+
+def test_r3d_18_is_torchvision_s_but_for_time_in_layer4():
+    torch.manual_seed(0)
+    own, stock = tb.build_model("r3d_18", 7), stock_r3d_18_with_the_readme_s_surgery(7)
+    for module in own.modules():  # statistics and scales that are not 0 and 1
+        if isinstance(module, torch.nn.BatchNorm3d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    stock.load_state_dict(own.state_dict(), strict=True)
+    assert list(own.state_dict()) == list(stock.state_dict())
+    x = torch.randn(2, 3, 16, 48, 40)
+    with torch.no_grad():
+        logits = own.eval()(x)
+        assert torch.allclose(logits, stock.eval()(x), atol=1e-5)
+        assert own.features(x).shape == (2, 512, 4)
+        plain = torchvision.models.video.r3d_18(num_classes=7).eval()
+        plain.load_state_dict(own.state_dict())
+        assert not torch.allclose(logits, plain(x), atol=1e-3)
+
+
+def test_slow_r50_is_pytorchvideo_s():
+    """The expected logits come from pytorchvideo.models.hub.slow_r50 0.1.5 itself, in float64 (its pool made adaptive)."""
+    assert sum(p.numel() for p in tb.build_model("slow_r50", 400).parameters()) == 32_454_096
+    model = fill_by_formula(tb.build_model("slow_r50", 5))
+    keys = list(model.state_dict())
+    assert keys[0] == "blocks.0.conv.weight" and keys[-2:] == ["blocks.5.proj.weight", "blocks.5.proj.bias"]
+    for key, shape in {"blocks.0.norm.running_mean": (64,), "blocks.1.res_blocks.0.branch1_norm.weight": (256,),
+                       "blocks.1.res_blocks.2.branch2.conv_a.weight": (64, 256, 1, 1, 1),
+                       "blocks.2.res_blocks.3.branch2.conv_b.weight": (128, 128, 1, 3, 3),
+                       "blocks.3.res_blocks.5.branch2.conv_a.weight": (256, 1024, 3, 1, 1),
+                       "blocks.4.res_blocks.0.branch1_conv.weight": (2048, 1024, 1, 1, 1),
+                       "blocks.4.res_blocks.2.branch2.norm_c.num_batches_tracked": ()}.items():
+        assert model.state_dict()[key].shape == shape
+    assert len(keys) == 320 and not any("res_blocks.1.branch1" in key for key in keys)
+    x = torch.cos(torch.arange(3 * 8 * 64 * 64, dtype=torch.float64)).float().view(1, 3, 8, 64, 64)
+    with torch.no_grad():
+        expected = [0.29953622, 0.08540572, -0.19857994, -0.23216664, -0.07341280]
+        assert torch.allclose(model(x), torch.tensor([expected]), atol=1e-5)
+        assert model.features(x).shape == (1, 2048, 8)
+    fresh = tb.build_model("slow_r50", 5)
+    assert not fresh.blocks[4].res_blocks[2].branch2.norm_c.weight.any() and fresh.blocks[5].dropout.p == 0.5
+
+
+def test_every_arch_gives_features_pooled_over_space_only():
+    for arch, dim, frames in [("r3d_tiny", 128, 4), ("r3d_18", 512, 4), ("slow_r50", 2048, 16)]:
+        model = tb.build_model(arch, 3).eval()
+        x = torch.randn(1, 3, 16, 32, 48)
+        with torch.no_grad():
+            f = model.features(x)
+            assert f.shape == (1, dim, frames) == (1, dim, tb.feature_frames(arch, 16, 32))
+            assert model(x).shape == (1, 3)
+    with pytest.raises(ValueError, match="r3d_tiny"):
+        tb.build_model("r3d_19", 3)
+
+
+def test_projection_head_and_embedder():
+    torch.manual_seed(0)
+    head = tb.ProjectionHead(2048)
+    kinds = [type(m).__name__ for m in head]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"] and head[3].bias is None
+    assert head(torch.randn(4, 2048)).norm(dim=1).allclose(torch.ones(4))
+    embedder = tb.Embedder(tb.build_model("r3d_tiny", 3)).eval()
+    x = torch.randn(6, 3, 16, 32, 32)  # four short clips, two long ones
+    z = embedder(x, num_long=2, slices=4)
+    f = embedder.backbone.features(x)
+    assert z.shape == (4 + 2 * 4, 128)
+    assert torch.allclose(z[:4], embedder.head(f[:4].mean(2)), atol=1e-6)
+    for long in (0, 1):
+        for t in range(4):  # slice t of long clip `long`
+            assert torch.allclose(z[4 + 4 * long + t], embedder.head(f[4 + long, :, t][None])[0], atol=1e-6)
+    assert not [n for n, p in embedder.backbone.named_parameters() if n.startswith("fc.") == p.requires_grad]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The decoder, on files of many kinds
+
+
+def moving_frames(count, height=48, width=64, seed=0):
+    """Frames of which no two are alike: a gradient that moves, and a number in binary."""
+    y, x = np.mgrid[:height, :width]
+    frames = np.stack([np.stack([(x * 3 + 7 * t + seed) % 256, (y * 4 + 5 * t) % 256, (x + y + 11 * t) % 256], -1)
+                       for t in range(count)]).astype(np.uint8)
+    for t in range(count):
+        for bit in range(8):
+            frames[t, :12, bit * 8:bit * 8 + 6] = 255 * (t >> bit & 1)
+    return frames
+
+
+def write_video(path, frames, codec="mpeg4", pix_fmt="yuv420p", options=None, pts=None, rotation=0, cover=False, extra=(),
+                before=()):
+    """Encode RGB frames. before, extra: more streams, as (codec, frames), in front of the video or behind it."""
+    with av.open(str(path), "w", options={"movflags": "+faststart"} if str(path).endswith("mp4") else {}) as container:
+        def add(codec, frames):
+            if codec in ("aac", "mp2", "libopus"):
+                return container.add_stream(codec, rate=48000), frames
+            stream = container.add_stream(codec, rate=25, options={"threads": "1", **(options or {})})
+            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
+            if cover:
+                stream.disposition = av.stream.Disposition.attached_pic
+            if rotation:
+                stream.set_display_rotation(rotation)
+            return stream, frames
+
+        streams = [add(*s) for s in before] + [add(codec, frames)] + [add(*s) for s in extra]
+        for stream, content in streams:
+            if stream.type == "audio":
+                for k in range(40):
+                    frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+                    frame.sample_rate, frame.pts = 48000, 1024 * k
+                    container.mux(stream.encode(frame))
+            else:
+                for t, array in enumerate(content):
+                    frame = av.VideoFrame.from_ndarray(array, "rgb24")
+                    if pts is not None:
+                        frame.pts, frame.time_base = pts[t], Fraction(1, 25)
+                    container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    return path
+
+
+def full_decode(path, stream=0):
+    """All frames, by PyAV's plainest means."""
+    with av.open(str(path), metadata_errors="ignore") as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=stream)])
+
+
+X264 = {"g": "30", "bf": "2"}
+KINDS = {
+    "xvid-like.avi": {"codec": "mpeg4", "options": {"g": "12"}},
+    "b-frames.avi": {"codec": "mpeg4", "options": {"g": "12", "bf": "2"}},
+    "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+    "h264.avi": {"codec": "libx264", "options": X264},
+    "h264.mp4": {"codec": "libx264", "options": X264},
+    "long-gop.mp4": {"codec": "libx264", "options": {"g": "250", "bf": "3"}},
+    "open-gop.mp4": {"codec": "libx264", "options": {**X264, "x264-params": "open-gop=1:scenecut=0"}},
+    "hevc.mp4": {"codec": "libx265", "options": {"g": "30", "x265-params": "log-level=none:pools=1"}},
+    "av1.mp4": {"codec": "libsvtav1", "options": {"g": "30", "svtav1-params": "lp=1"}},
+    "h264.mkv": {"codec": "libx264", "options": X264},
+    "vp8.webm": {"codec": "libvpx", "options": {"g": "30"}},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"g": "30"}},
+    "mpeg2.mpg": {"codec": "mpeg2video", "options": {"g": "15", "bf": "2"}},
+    "mpeg2.ts": {"codec": "mpeg2video", "options": {"g": "15", "bf": "2"}},
+    "h264.ts": {"codec": "libx264", "options": X264},
+    "444.mp4": {"codec": "libx264", "pix_fmt": "yuv444p", "options": X264},
+    "10-bit.mp4": {"codec": "libx265", "pix_fmt": "yuv420p10le", "options": {"x265-params": "log-level=none:pools=1"}},
+    "12-bit.mkv": {"codec": "libx265", "pix_fmt": "yuv444p12le", "options": {"x265-params": "log-level=none:pools=1"}},
+    "full-range.mp4": {"codec": "libx264", "pix_fmt": "yuvj420p", "options": X264},
+    "bt709.mp4": {"codec": "libx264", "options": {**X264, "colorspace": "bt709", "color_range": "tv"}},
+    "late-start.mp4": {"codec": "libx264", "options": X264, "pts": [t + 1000 for t in range(96)]},
+    "late-start.mkv": {"codec": "libx264", "options": X264, "pts": [t + 1000 for t in range(96)]},
+    "variable-rate.mp4": {"codec": "libx264", "options": X264, "pts": [t * 3 // 2 + t // 10 * 25 for t in range(96)]},
+    "variable-rate.mkv": {"codec": "libvpx-vp9", "options": {"g": "30"}, "pts": [t * t // 8 + t for t in range(96)]},
+    "audio-first.mp4": {"codec": "libx264", "options": X264, "before": [("aac", None)]},
+    "two-videos.mp4": {"codec": "libx264", "options": X264, "extra": [("libx264", moving_frames(20, 32, 32))]},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_decode_frames_equals_a_full_decode(name, tmp_path):
+    path = write_video(tmp_path / name, moving_frames(96), **KINDS[name])
+    expected = full_decode(path)
+    assert len(expected) >= 95
+    check_exact(path, expected)
+
+
+def check_exact(path, expected):
+    count, rng = len(expected), np.random.default_rng(0)
+    ranges = [[start, *range(start + 1, min(count, start + length))]
+              for start, length in zip(rng.integers(count, size=12), rng.integers(1, 40, size=12))]
+    for indices in [[0], [count - 1], [count - 1, 0, count // 2, 0], range(count), *ranges]:
+        frames = tb.decode_frames(path, indices)
+        assert frames.dtype == torch.uint8 and np.array_equal(frames.numpy(), expected[list(indices)]), indices
+    with pytest.raises(IndexError):
+        tb.decode_frames(path, [count])
+    asked = []
+    last = tb.decode_frames(path, lambda n: asked.append(n) or [n - 1])  # files can have more packets than frames
+    assert np.array_equal(last[0].numpy(), expected[-1]) and asked[-1] == count
+
+
+def test_decode_frames_in_any_size_and_orientation(tmp_path):
+    tall = write_video(tmp_path / "tall.mp4", moving_frames(20, 96, 64), "libx264")
+    assert tb.decode_frames(tall, [3], short_side=32).shape == (1, 48, 32, 3)
+    assert tb.decode_frames(tall, [3], short_side=200).shape == (1, 96, 64, 3)  # never up
+    odd = write_video(tmp_path / "odd.mkv", moving_frames(20, 47, 61), "libx264", "yuv444p")
+    check_exact(odd, full_decode(odd))
+    for codec in ("mjpeg", "libvpx-vp9"):
+        odd = write_video(tmp_path / f"odd-{codec}.mkv", moving_frames(20, 47, 61), codec,
+                          "yuvj420p" if codec == "mjpeg" else "yuv420p")
+        check_exact(odd, full_decode(odd))
+    small = tb.decode_frames(tall, range(20), short_side=32)
+    resized = torchvision.transforms.v2.functional.resize(
+        tb.decode_frames(tall, range(20)).permute(0, 3, 1, 2), [48, 32], antialias=True).permute(0, 2, 3, 1)
+    assert (small.float() - resized.float()).abs().mean() < 4  # scaled, not cropped
+
+
+@pytest.mark.skipif(not hasattr(av.video.stream.VideoStream, "set_display_rotation"), reason="PyAV 17.0 cannot write it")
+def test_decode_frames_turns_phone_videos_upright(tmp_path):
+    frames = np.zeros((5, 48, 64, 3), np.uint8)
+    frames[:, :12, :16] = 255  # top left
+    for degrees, corner in {90: (-1, 0), -90: (0, -1), 180: (-1, -1)}.items():  # counter-clockwise
+        path = write_video(tmp_path / f"{degrees}.mp4", frames, "libx264", rotation=degrees)
+        frame = tb.decode_frames(path, [0])[0].numpy()
+        assert frame.shape == ((48, 64, 3) if degrees == 180 else (64, 48, 3))
+        assert frame[corner].min() > 200 and frame.mean() < 40
+
+
+def test_decode_frames_of_a_single_frame(tmp_path):
+    for name, codec in [("one.avi", "mpeg4"), ("one.mp4", "libx264"), ("one.webm", "libvpx-vp9")]:
+        path = write_video(tmp_path / name, moving_frames(1), codec)
+        assert tb.decode_frames(path, lambda n: tb.clip_indices(n, 16, 2)).shape == (16, 48, 64, 3)
+        with pytest.raises(IndexError):
+            tb.decode_frames(path, [1])
+
+
+def test_decode_frames_of_damaged_files(tmp_path):
+    whole = write_video(tmp_path / "whole.avi", moving_frames(96), options={"g": "12"}).read_bytes()
+    (tmp_path / "truncated.avi").write_bytes(whole[:len(whole) // 2])
+    expected = full_decode(tmp_path / "whole.avi")
+    asked = []
+    last = tb.decode_frames(tmp_path / "truncated.avi", lambda n: asked.append(n) or [n - 1])
+    assert 20 < asked[-1] < 70 and last.shape == (1, 48, 64, 3)  # what is left; its very last frame may be half there
+    assert np.array_equal(tb.decode_frames(tmp_path / "truncated.avi", range(10, 20)).numpy(), expected[10:20])
+
+    mp4 = write_video(tmp_path / "whole.mp4", moving_frames(96), "libx264", options=X264).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(mp4[:len(mp4) * 2 // 3])  # the index, in front, promises more than is there
+    assert tb.decode_frames(tmp_path / "cut.mp4", lambda n: [0, n // 2, n - 1]).shape == (3, 48, 64, 3)
+
+    holed = bytearray(mp4)
+    holed[len(mp4) // 2:len(mp4) // 2 + 400] = bytes(400)
+    (tmp_path / "holed.mp4").write_bytes(holed)
+    frames = tb.decode_frames(tmp_path / "holed.mp4", lambda n: [0, n - 1])
+    assert np.array_equal(frames[0].numpy(), full_decode(tmp_path / "whole.mp4")[0])
+
+    (tmp_path / "empty.avi").touch()
+    (tmp_path / "garbage.mp4").write_bytes(np.random.default_rng(0).bytes(50_000))
+    (tmp_path / "text.avi").write_text("not a video\n" * 100)
+    (tmp_path / "headless.mp4").write_bytes(mp4[1000:])
+    (tmp_path / "folder.avi").mkdir()
+    write_video(tmp_path / "sound.mp4", moving_frames(1, 32, 32), "mjpeg", "yuvj420p", cover=True, extra=[("aac", None)])
+    for name in ("empty.avi", "garbage.mp4", "text.avi", "headless.mp4", "folder.avi", "absent.avi", "sound.mp4"):
+        with pytest.raises(tb.DECODE_ERRORS):
+            tb.decode_frames(tmp_path / name, [0])
+
+
+def test_decode_frames_of_names_that_look_like_something_else(tmp_path):
+    frames = moving_frames(3)
+    for name in ("http:, %d #1 [x](y)'s & co.avi", "-dash.avi", "pipe:0.avi", "späße;.avi", "a b?.avi", "no_ending"):
+        source = write_video(tmp_path / "plain.avi", frames)
+        source.rename(tmp_path / name)
+        assert tb.decode_frames(tmp_path / name, [2]).shape == (1, 48, 64, 3)
+
+
+def test_decode_frames_of_real_files(real_data):
+    paths = sorted(p for p in (real_data / "videos").iterdir() if p.suffix in tb.SUFFIXES)
+    assert {p.suffix for p in paths} == {".avi", ".mp4"}
+    for path in paths:
+        check_exact(path, full_decode(path))
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    if "TIMEBALANCE_TEST_DATA" not in os.environ:
+        pytest.skip("TIMEBALANCE_TEST_DATA is not set")
+    return Path(os.environ["TIMEBALANCE_TEST_DATA"])

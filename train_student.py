@@ -1,0 +1,126 @@
+"""Stage 3 of TimeBalance: the student learns from the labels and from both teachers (Sec. 3.2; Algorithm 1, 22-26).
+
+Reads OUT/inv_ft.pt and OUT/dist_ft.pt, from which it takes the data set, the network and the labelled videos, and
+OUT/dist.pt, from which the student starts. Writes OUT/student.pt.
+
+    python train_student.py                               # after stages 1 and 2 on toy videos: two minutes on a CPU
+    python train_student.py --data ucf101                 # one GPU
+    torchrun --nproc-per-node 4 train_student.py --data ucf101
+    python train_student.py --reweight mean --name mean   # both teachers alike: table 2 (f)
+
+It prints a line for each epoch: the loss terms, the mean weight of the invariant teacher, the share of videos whose
+similarity score had to be clamped, and how often the teachers agree.
+"""
+
+import functools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common import (
+    WEAK, Pool, Run, UserError, VideoStream, augment, autocast, build_model, choose_labeled, combine_teachers, command,
+    distillation_loss, draw, input_dtype, labeled_of_teachers, load_backbone, load_finished, number, print0, random_span,
+    settle_arguments, similarity_score, stage_parser, start, to_device, to_input, training_videos)
+
+
+@command
+def main(argv=None):
+    parser = stage_parser(__doc__, "student")
+    model, training = parser.groups["model"], parser.groups["training"]
+    model.add_argument("--teachers", nargs="+", default=["inv_ft.pt", "dist_ft.pt"], metavar="CHECKPOINT",
+                       help="one or two: file names in OUT, or paths; none: labels alone (default inv_ft.pt dist_ft.pt)")
+    model.add_argument("--init", default="dist.pt", metavar="CHECKPOINT", help="what the student starts from: a file name "
+                       "in --pretrained, a path, or none for random weights (default dist.pt)")
+    model.add_argument("--pretrained", metavar="DIR", help="folder of stage 1 (default OUT)")
+    training.add_argument("--omega", type=number(float, 0), default=1.0, metavar="X",
+                          help="weight of the unsupervised loss (default 1)")
+    training.add_argument("--teacher-loss", choices=("l2", "kl", "js"), default="l2", help="distillation loss (default l2)")
+    training.add_argument("--reweight", default="tstr", metavar="{tstr,mean,W}", help="weight of the first teacher: each "
+                          "video's similarity score, one half, or a number from 0 to 1 (default tstr)")
+    parser.groups["run"].add_argument("--name", default="student", help="the checkpoint is OUT/NAME.pt (default student)")
+    args = parser.parse_args(argv)
+    device = start(args)
+    saved_teachers = load_finished(args.teachers, args.out, ["finetune"])
+    init = load_finished([args.init], args.pretrained or args.out, [
+        "pretrain_inv", "pretrain_dist", "finetune", "student", None]).get(args.init)
+    settle_arguments(args, "student", saved_teachers, [
+        "data", "root", "split", "pool", "arch", "size", "frames", "stride", "percent", "labeled_list", "subset_seed"])
+
+    videos = training_videos(args)
+    labeled = labeled_of_teachers(saved_teachers, videos) if saved_teachers else choose_labeled(videos, args)
+    unlabeled = np.setdiff1d(np.arange(len(videos)), labeled)
+    if len(unlabeled) == 0:
+        unlabeled = labeled  # with all labels, the teachers speak on the same videos once more
+    torch.manual_seed(args.seed)
+    student = build_model(args.arch, len(videos.classes))
+    if init:
+        load_backbone(student, args.init, init)
+    run = Run(args, "student", args.name, student, {"model": student}, videos, device, labeled)
+    if run.finished:
+        return
+    teachers = [frozen(saved, len(videos.classes), device) for saved in saved_teachers.values()]
+    score = to_device(score_videos(args.reweight, saved_teachers, videos), device)  # s of every video
+    pools = [Pool(unlabeled, args.batch, cycle=False), Pool(labeled, args.batch, cycle=True)]
+    span = functools.partial(random_span, seed=args.seed, frames=args.frames, stride=args.stride)
+    stream = VideoStream(videos, pools if teachers else pools[1:], span, args, device, run, len(unlabeled) // args.batch)
+
+    for _ in run.epochs():
+        for batch in run.steps(stream):
+            clips = [augment(video, args.size, WEAK, draw(args.seed, *key, 0))
+                     for video, key in zip(batch.frames, batch.keys)]
+            x = to_input(clips, student, input_dtype(args))  # the unlabelled videos, then as many labelled ones
+            u = len(x) // 2 if teachers else 0
+            y = to_device(videos.labels[batch.videos[u:]], device)
+            with autocast(args, device):
+                logits = run.net(x)
+            p_student = logits.float().softmax(1)
+            l_sup = F.cross_entropy(logits[u:].float(), y)  # Eq. 4
+            loss, terms = l_sup, {"l_sup": l_sup}
+            if teachers:
+                with torch.no_grad(), autocast(args, device):
+                    p = [teacher(x).float().softmax(1) for teacher in teachers]
+                s = score[to_device(batch.videos, device)]
+                p_teacher = combine_teachers(*p, s) if len(p) == 2 else p[0]  # Eq. 7
+                on_unlabeled = distillation_loss(p_student[:u], p_teacher[:u], args.teacher_loss)  # Eq. 8
+                on_labeled = distillation_loss(p_student[u:], p_teacher[u:], args.teacher_loss)
+                loss = l_sup + args.omega * (on_unlabeled + 0.5 * on_labeled)  # Eq. 2
+                terms |= {"l_unsup": on_unlabeled, "l_unsup_labeled": on_labeled}
+                if len(p) == 2:
+                    terms |= {"weight_inv": s.mean(), "clamped": ((s == 0) | (s == 1)).float().mean(),
+                              "agreement": (p[0].argmax(1) == p[1].argmax(1)).float().mean()}
+            run.optimizer.zero_grad()
+            loss.backward()
+            run.optimizer.step()
+            run.record(len(x), loss=loss, **terms)
+    run.finish()
+
+
+def frozen(saved, num_classes, device):
+    """A teacher: eval mode, no gradient."""
+    if len(saved["classes"]) != num_classes:
+        raise UserError(f"a teacher has {len(saved['classes'])} classes, the data set {num_classes}")
+    model = build_model(saved["arch"], num_classes)
+    model.load_state_dict(saved["model"])
+    return model.to(device, memory_format=torch.channels_last_3d).requires_grad_(False).eval()
+
+
+def score_videos(reweight, saved_teachers, videos):
+    """The weight of the first teacher for every video, (N,): s of Eq. 6, or one number for all."""
+    score = torch.full((len(videos),), 0.5)
+    if reweight == "tstr" and len(saved_teachers) == 2:
+        inv, dist = saved_teachers.values()
+        row = [{name: i for i, name in enumerate(saved["similarity_of"])} for saved in (inv, dist)]
+        both = [i for i in range(len(videos)) if videos.name(i) in row[0] and videos.name(i) in row[1]]
+        c_inv, c_dist = (saved["similarity"][[rows[videos.name(i)] for i in both]]
+                         for saved, rows in zip((inv, dist), row))
+        score[both] = similarity_score(c_inv, c_dist)
+        if len(both) < len(videos):
+            print0(f"{len(videos) - len(both)} videos could not be decoded after stage 1: their teachers count alike")
+    elif reweight not in ("tstr", "mean"):
+        score[:] = float(reweight)
+    return score
+
+
+if __name__ == "__main__":
+    main()
