@@ -650,44 +650,49 @@ def choose_labeled(videos, args):
 # ------------------------------------------------------------------------------------------------------------------
 # Data: the built-in set of toy videos
 
-TOY_PATTERNS = {  # repetitive classes are told by what stays; of u, v in [-1, 1] over the object
-    "Solid": lambda u, v: u > -2,
+TOY_PATTERNS = {  # repetitive classes are told by what stays: the pattern of an object, of u, v in [-1, 1] over it
     "Stripes": lambda u, v: np.floor(2 * (u + 1)) % 2 == 0,
     "Checker": lambda u, v: (u > 0) == (v > 0),
     "Ring": lambda u, v: np.maximum(np.abs(u), np.abs(v)) > 0.5,
     "Dots": lambda u, v: np.hypot((u + 1) % 1 - 0.5, (v + 1) % 1 - 0.5) < 0.33,
 }
-TOY_MOVES = {  # composite classes by what changes: two movements, one after the other, in two scenes
-    "AcrossUp": ("across", "up"), "AcrossDown": ("across", "down"), "GrowUp": ("grow", "up"),
-    "GrowDown": ("grow", "down"), "ShrinkAcross": ("shrink", "across"),
+TOY_MOVES = {  # composite classes are told by what changes: two movements, one after the other, in two scenes
+    "AcrossGrow": ("across", "grow"), "UpSink": ("up", "sink"), "DownShrink": ("down", "shrink"),
+    "RiseTurn": ("rise", "turn"),
 }
-TOY_COLOURS = np.array([(220, 60, 50), (60, 190, 80), (70, 110, 230)])
+TOY_COLOURS = np.array([(220, 60, 50), (60, 190, 80)])
 
 
 def toy_clip(label, rng):
     """One toy video of class number `label` -> uint8 (64 to 96, 40, 56, 3)."""
-    width, height, count = 56, 40, int(rng.integers(64, 97))
-    composite = label >= len(TOY_PATTERNS)
+    height, width, count = 40, 56, int(rng.integers(64, 97))
+    patterns, composite = list(TOY_PATTERNS.values()), label >= len(TOY_PATTERNS)
+    pattern = patterns[rng.integers(len(patterns)) if composite else label]
+    moves = list(TOY_MOVES.values())[label - len(patterns)] if composite else ["swing"]
     cut = int(count * rng.uniform(0.4, 0.6)) if composite else count
     v, u = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    grounds = [60 + 40 * v / height, 110 + 30 * (u // 8 % 2), 170 - 30 * (v // 6 % 2)]
+    grounds, scene, colour = [60 + 40 * v / height, 110 + 30 * (u // 8 % 2)], rng.integers(2), rng.integers(2)
     video = []
-    for part, length in enumerate([cut, count - cut] if composite else [count]):
-        t, still = np.arange(length), np.ones(length)
-        x, y, r = rng.uniform(20, 36) * still, rng.uniform(16, 24) * still, 13 * still
-        if composite:
-            move, way = list(TOY_MOVES.values())[label - len(TOY_PATTERNS)][part], np.linspace(-1, 1, length)
-            x = {"across": 28 + 26 * way * rng.choice([-1, 1])}.get(move, x)
-            y = {"up": 20 - 18 * way, "down": 20 + 18 * way}.get(move, y)
-            r = {"grow": 12 + 7 * way, "shrink": 12 - 7 * way}.get(move, r)
+    for part, (move, length) in enumerate(zip(moves, [cut, count - cut])):
+        way, side, turn = np.linspace(-1, 1, length), rng.choice([-1, 1]), np.zeros(length)
+        x, y, r = way * 0 + rng.uniform(20, 36), way * 0 + rng.uniform(16, 24), way * 0 + (11 if composite else 13)
+        if move == "swing":
+            swing = 8 * np.sin(2 * np.pi * (np.arange(length) / rng.uniform(8, 16) + rng.random()))
+            x, y = (x + swing, y) if side > 0 else (x, y + swing)
+        elif move in ("across", "rise", "sink"):
+            x, y = 28 + 22 * way * side, {"across": y, "rise": 20 - 16 * way, "sink": 20 + 16 * way}[move]
+        elif move in ("up", "down"):
+            y = 20 + 18 * way * (-1 if move == "up" else 1)
+        elif move in ("grow", "shrink"):
+            r = 12 + 7 * way * (1 if move == "grow" else -1)
         else:
-            swing, kind = np.sin(2 * np.pi * (t / rng.uniform(8, 16) + rng.random())), rng.integers(3)
-            x, y, r = x + 8 * swing * (kind == 0), y + 8 * swing * (kind == 1), r + 3 * swing * (kind == 2)
-        pattern = list(TOY_PATTERNS.values())[rng.integers(len(TOY_PATTERNS)) if composite else label]
-        du, dv = (u - x[:, None, None]) / r[:, None, None], (v - y[:, None, None]) / r[:, None, None]
+            turn = np.pi * way * side
+        x, y, r, turn = (values[:, None, None] for values in (x, y, r, turn))
+        du, dv = (u - x) / r, (v - y) / r
+        du, dv = du * np.cos(turn) - dv * np.sin(turn), du * np.sin(turn) + dv * np.cos(turn)
         inside = (np.maximum(np.abs(du), np.abs(dv)) < 1)[..., None]
-        figure = np.where(pattern(du, dv)[..., None], TOY_COLOURS[rng.integers(3)], 245)
-        video.append(np.where(inside, figure, grounds[rng.integers(3)][..., None]))
+        figure = np.where(pattern(du, dv)[..., None], TOY_COLOURS[(colour + part) % 2], 245)
+        video.append(np.where(inside, figure, grounds[(scene + part) % 2][..., None]))
     return np.concatenate(video).astype(np.uint8)
 
 
@@ -697,12 +702,10 @@ def render_toy(root, train=400, test=200, seed=0):
     The frames depend on the seed alone. Every file is complete or absent; toy.json, the last one, says that all are.
     """
     root = Path(root)
-    settings = {"version": 1, "train": train, "test": test, "seed": seed}
-    done = root / "toy.json"
+    settings, done = {"version": 1, "train": train, "test": test, "seed": seed}, root / "toy.json"
     if done.exists():
-        found = json.loads(done.read_text())
-        if found != settings:
-            raise UserError(f"{root} holds toy videos of other settings, {found}: remove it or choose another --root")
+        if json.loads(done.read_text())["version"] != settings["version"]:
+            raise UserError(f"{root} holds toy videos of another version: remove it or choose another --root")
         return
     classes = [*TOY_PATTERNS, *TOY_MOVES]
     lists = {"trainlist01": [], "testlist01": []}
@@ -1047,21 +1050,21 @@ def input_dtype(args):
 
 def checkpoint_stages(backbone):
     """Recompute each residual stage in the backward pass: memory for one stage's inside instead of all."""
-    def without_statistics(stage):
+    @contextlib.contextmanager
+    def without_statistics(stage):  # the first pass has updated BatchNorm's statistics, the second one must not
         norms = [m for m in stage.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
-        @contextlib.contextmanager
-        def context():  # the first pass has updated the running statistics; the second one must not
-            for norm in norms:
-                norm.track_running_stats = False
+        before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+        try:
             yield
-            for norm in norms:
-                norm.track_running_stats = True
-        return contextlib.nullcontext(), context()
+        finally:  # torch leaves the second pass by an exception, as soon as it has what it needs
+            for norm, (norm.momentum, count) in zip(norms, before):
+                norm.num_batches_tracked.copy_(count)
 
     for stage in backbone.stages():
-        stage.forward = functools.partial(
-            checkpoint, stage.forward, use_reentrant=False, context_fn=functools.partial(without_statistics, stage))
+        stage.forward = functools.partial(checkpoint, stage.forward, use_reentrant=False, context_fn=functools.partial(
+            lambda stage: (contextlib.nullcontext(), without_statistics(stage)), stage))
 
 
 FREE_ARGUMENTS = {  # those that may change between a run and its continuation
@@ -1398,11 +1401,12 @@ def defaults(data, stage):
     ssl = stage == "pretrain"
     settings = {"data": data, "root": f"data/{data}", "split": 1, "pool": "train", "arch": "slow_r50", "size": 224,
                 "clips": 4, "frames": 16 if ssl else 8, "stride": 1 if ssl else 2, "batch": 40 if ssl else 16,
-                "epochs": 150 if not ssl else 100 if data == "kinetics400" else 250, "warmup": 10,
-                "percent": {"ucf101": 5, "hmdb51": 40}.get(data, 10), "subset_seed": 0}
+                "epochs": 150 if not ssl else 100 if data == "kinetics400" else 250, "warmup": 10, "patience": 5,
+                "percent": {"ucf101": 5, "hmdb51": 40, "toy": 5}.get(data, 10), "subset_seed": 0}
     if data == "toy":
         settings |= {"arch": "r3d_tiny", "size": 32, "warmup": 2, "batch": 20 if ssl else 16,
-                     "epochs": {"pretrain": 12, "finetune": 40, "student": 30}[stage]}
+                     "epochs": {"pretrain": 12, "finetune": 100, "student": 30}[stage],
+                     "patience": {"pretrain": 5, "finetune": 25, "student": 15}[stage]}
     return settings
 
 
@@ -1460,7 +1464,7 @@ def stage_parser(description, stage):
     training.add_argument("--lr", type=number(float, 0), default=1e-3, metavar="X", help="Adam's learning rate (default 1e-3)")
     training.add_argument("--warmup", type=number(int, 0), metavar="EPOCHS", help="epochs in which it rises linearly "
                           "(default 10; toy 2)")
-    training.add_argument("--patience", type=number(int, 0), default=5, metavar="EPOCHS", help="epochs without a lower loss "
+    training.add_argument("--patience", type=number(int, 0), metavar="EPOCHS", help="epochs without a lower loss "
                           "after which it halves (default 5)")
     run.add_argument("--out", metavar="DIR", help="folder of checkpoints and logs (default runs/<data>)")
     run.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of weights, order and augmentation "

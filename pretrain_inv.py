@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from common import (
-    STRONG, Embedder, Pool, Run, VideoStream, all_gather, augment, autocast, build_model, command, draw, input_dtype,
+    STRONG, Embedder, Pool, Run, UserError, VideoStream, all_gather, augment, autocast, build_model, command, draw, input_dtype,
     invariant_loss, measure_similarity, number, random_span, settle_arguments, stage_parser, start, to_input,
     training_videos)
 
@@ -30,6 +30,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = start(args)
     settle_arguments(args, "pretrain")
+    if args.batch < 2:
+        raise UserError("--batch 1: Eq. 1 takes its negatives from other videos, give it at least 2")
 
     videos = training_videos(args)
     videos.hide_labels()

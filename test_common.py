@@ -4,10 +4,20 @@ Those that read real UCF101, HMDB51 and Kinetics files look for them, and for th
 TIMEBALANCE_TEST_DATA (videos/ and splits/), and are skipped where it is not set.
 """
 
+import argparse
+import functools
+import json
 import math
 import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in what the tests start: small tensors, few cores
 
 import av
 import numpy as np
@@ -17,6 +27,11 @@ import torch.nn.functional as F
 import torchvision
 
 import common as tb
+import evaluate
+import finetune
+import pretrain_dist
+import pretrain_inv
+import train_student
 
 # ------------------------------------------------------------------------------------------------------------------
 # Losses and TSTR, against loops transcribed from the paper
@@ -481,3 +496,422 @@ def real_data():
     if "TIMEBALANCE_TEST_DATA" not in os.environ:
         pytest.skip("TIMEBALANCE_TEST_DATA is not set")
     return Path(os.environ["TIMEBALANCE_TEST_DATA"])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Which frames, which videos, which draws
+
+
+def test_clip_indices():
+    assert tb.clip_indices(100, 4, 2, 0).tolist() == [0, 2, 4, 6]
+    assert tb.clip_indices(100, 4, 2, 1).tolist() == [93, 95, 97, 99]
+    assert tb.clip_indices(100, 3, 1, 0.5).tolist() == [49, 50, 51]
+    assert tb.clip_indices(5, 8, 1, 0.7).tolist() == [0, 1, 2, 3, 4, 0, 1, 2]  # looped, never dropped
+    assert tb.clip_indices(1, 3, 2).tolist() == [0, 0, 0]
+    starts = [tb.clip_indices(10, 4, 2, p)[0] for p in np.linspace(0, 1, 400, endpoint=False)]
+    assert np.bincount(starts).tolist() == [100] * 4  # every start alike
+    clips = tb.spaced_clips(None, 200, clips=10, frames=8, stride=2).reshape(10, 8)
+    assert clips[0, 0] == 0 and clips[-1, -1] == 199 and len(set(np.diff(clips[:, 0]))) <= 2
+    assert tb.spaced_clips(None, 101, clips=1, frames=64, stride=1).tolist() == list(range(19, 83))
+
+
+def test_labeled_subset_is_nested_and_independent_of_order():
+    names = [f"c{c}/v{i}.avi" for c, count in enumerate((3, 40, 101)) for i in range(count)]
+    labels = np.array([int(name[1]) for name in names])
+
+    def subset(percent, seed=0, order=slice(None)):
+        chosen = tb.labeled_subset(names[order], labels[order], percent, seed)
+        return {names[order][i] for i in chosen}
+
+    for percent in (1, 5, 10, 50, 100):
+        counts = [sum(name.startswith(f"c{c}/") for name in subset(percent)) for c in range(3)]
+        assert counts == [max(1, round(percent / 100 * n)) for n in (3, 40, 101)]
+        assert subset(percent) == subset(percent, order=slice(None, None, -1))
+    assert subset(1) < subset(5) < subset(10) < subset(50) < subset(100) == set(names)
+    assert subset(5) != subset(5, seed=1)
+    assert tb.labeled_subset(["u/1.avi"], [-1], 100).tolist() == []
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toy")
+    tb.render_toy(root, train=24, test=8)
+    return root
+
+
+def test_toy_videos_are_real_files_that_depend_on_the_seed_alone(toy, tmp_path):
+    train, test = (tb.read_videos("toy", toy, part) for part in (True, False))
+    assert len(train) == 24 and len(test) == 8 and len(train.classes) == 8 and not set(train.names()) & set(test.names())
+    assert np.bincount(train.labels).tolist() == [3] * 8
+    tb.render_toy(tmp_path, train=24, test=8)
+    for i in range(24):
+        assert Path(train.path(i)).read_bytes() == (tmp_path / "UCF-101" / train.name(i)).read_bytes()
+        frames = tb.decode_frames(train.path(i), lambda n: range(n))
+        assert 64 <= len(frames) <= 96 and frames.shape[1:] == (40, 56, 3)
+    drawn = tb.toy_clip(0, tb.draw(0, 5))
+    tb.write_atomically(tmp_path / "one.avi", lambda file: tb.encode_video(file, drawn))
+    assert np.abs(full_decode(tmp_path / "one.avi") - drawn.astype(float)).mean() < 15  # colour is stored at half the size
+
+
+def test_toy_rendering_is_finished_after_an_interruption(toy, tmp_path, monkeypatch):
+    encode, calls = tb.encode_video, []
+
+    def interrupted(file, frames):
+        calls.append(1)
+        if len(calls) == 10:
+            file.write(b"half")
+            raise KeyboardInterrupt
+        encode(file, frames)
+
+    monkeypatch.setattr(tb, "encode_video", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tb.render_toy(tmp_path, train=24, test=8)
+    assert not (tmp_path / "toy.json").exists()
+    tb.render_toy(tmp_path, train=24, test=8)
+    assert len(calls) == 33  # nothing was rendered twice
+    files = [p.relative_to(toy) for p in toy.rglob("*") if p.is_file()]
+    assert sorted(files) == sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
+    assert all((toy / file).read_bytes() == (tmp_path / file).read_bytes() for file in files)
+
+
+def settings(**changes):
+    return argparse.Namespace(**{"seed": 0, "size": 16, "workers": 0, "epochs": 3, **changes})
+
+
+def batches(videos, pools, epoch=0, step=0, **changes):
+    span = functools.partial(tb.random_span, seed=0, frames=4, stride=2)
+    run = argparse.Namespace(epoch=epoch, step=step)
+    stream = tb.VideoStream(videos, pools, span, settings(**changes), torch.device("cpu"), run)
+    return [next(stream) for _ in range(3 * stream.steps - epoch * stream.steps - step)]
+
+
+def test_batches_depend_on_seed_epoch_and_step_alone(toy):
+    videos = tb.read_videos("toy", toy, True)
+    pools = [tb.Pool(np.arange(5, 24), 4, False), tb.Pool(np.arange(5), 4, True)]
+    whole = batches(videos, pools)
+    assert len(whole) == 12
+    for others, first in [(batches(videos, pools, workers=2), 0), (batches(videos, pools, epoch=1, step=2, workers=1), 6)]:
+        for a, b in zip(whole[first:], others, strict=True):
+            assert a.keys == b.keys and all(torch.equal(x, y) for x, y in zip(a.frames, b.frames, strict=True))
+    for batch in whole:  # Eq. 1 would take a second clip of a video for a negative
+        assert len(set(batch.videos[:4])) == 4 and min(batch.videos[:4]) >= 5 > max(batch.videos[4:])
+    for epoch in range(3):
+        passed = [v for batch in whole[4 * epoch:4 * epoch + 4] for v in batch.videos[:4]]
+        assert len(set(passed)) == 16
+    cycled = [v for batch in whole for v in batch.videos[4:]]
+    assert all(sorted(cycled[i:i + 5]) == list(range(5)) for i in range(0, 45, 5))  # pass after pass
+    keys = [key for batch in whole for key in batch.keys]
+    assert len(set(keys)) == len(keys)  # so no two clips share their draws
+    assert batches(videos, pools, seed=1)[0].videos != whole[0].videos
+
+
+def test_augmentation_is_drawn_once_per_clip():
+    torch.manual_seed(0)
+    still = torch.randint(256, (1, 40, 56, 3), dtype=torch.uint8).expand(6, -1, -1, -1)
+    seen = []
+    for k in range(20):
+        clip = tb.augment(still, 24, tb.STRONG, tb.draw(0, k))
+        assert clip.shape == (6, 3, 24, 24) and clip.dtype == torch.uint8 and (clip == clip[:1]).all()
+        assert torch.equal(clip, tb.augment(still, 24, tb.STRONG, tb.draw(0, k)))
+        seen.append(clip)
+    assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+    crop = tb.centre_crop(still, 20, 0.5)
+    assert torch.equal(crop[0], still[0, 10:30, 18:38].permute(2, 0, 1))
+    model = tb.build_model("r3d_tiny", 2)
+    x = tb.to_input([crop, crop], model)
+    expected = (crop.permute(1, 0, 2, 3) / 255 - model.mean.view(3, 1, 1, 1)) / model.std.view(3, 1, 1, 1)
+    assert x.is_contiguous(memory_format=torch.channels_last_3d) and torch.allclose(x[1], expected, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The chain of stages, on a tiny toy set
+
+TINY = "--size 16 --frames 8 --epochs 2 --batch 4 --precision fp32 --device cpu --workers 0 --warmup 1".split()
+STAGES = [(pretrain_inv, ["--clips", "2"]), (pretrain_dist, ["--clips", "2"]), (finetune, []), (finetune, ["--init", "none"]),
+          (train_student, [])]
+CHECKPOINTS = ["inv", "dist", "inv_ft", "dist_ft", "labeled_only", "student"]
+
+
+def run_stage(stage, root, out, *flags):
+    module, own = STAGES[stage]
+    module.main([*TINY, *own, "--root", str(root), "--out", str(out), *flags])
+
+
+def run_chain(root, out):
+    for stage in range(len(STAGES)):
+        run_stage(stage, root, out)
+    evaluate.main([str(out), "--clips", "2", "--device", "cpu", "--workers", "0", "--precision", "fp32"])
+
+
+def load(out, name):
+    return torch.load(Path(out) / f"{name}.pt", weights_only=True)
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def assert_same_checkpoints(a, b, names=CHECKPOINTS):
+    for name in names:
+        x, y = load(a, name), load(b, name)
+        for key in x.keys() - {"args"}:
+            assert same(x[key], y[key]), (name, key)
+
+
+@pytest.fixture(scope="session")
+def chain(toy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("chain")
+    run_chain(toy, out)
+    return out
+
+
+def test_chain_writes_what_the_next_stage_and_the_user_need(chain, toy):
+    for name in CHECKPOINTS:
+        saved = load(chain, name)
+        assert saved["finished"] and saved["epoch"] == 2 and len(saved["classes"]) == 8
+        fresh = tb.build_model("r3d_tiny", 8)
+        fresh.load_state_dict(saved["model"])  # strict: the head lies beside it
+        log = [json.loads(line) for line in (chain / f"{name}.log").read_text().splitlines()]
+        assert log[0]["torch"] == torch.__version__ and [line["epoch"] for line in log[1:]] == [1, 2]
+    for name in ("inv", "dist", "inv_ft", "dist_ft"):
+        saved = load(chain, name)
+        assert saved["similarity"].shape == (24, 2, 2) and len(saved["similarity_of"]) == 24
+    last = json.loads((chain / "student.log").read_text().splitlines()[-1])
+    assert {"l_sup", "l_unsup", "l_unsup_labeled", "weight_inv", "clamped", "agreement"} <= last.keys()
+    labeled = [line.split() for line in (chain / "labeled.txt").read_text().splitlines()]
+    classes = tb.read_videos("toy", toy, True).classes
+    assert len(labeled) == 8 and all(classes[int(label)] == name.split("/")[0] for name, label in labeled)
+    results = json.loads((chain / "results.json").read_text())
+    assert [r["checkpoint"] for r in results] == ["labeled_only.pt", "dist_ft.pt", "inv_ft.pt", "student.pt"]
+    for r in results:
+        assert r["videos"] == 8 and r["labeled_count"] == 8 and 0 <= r["top1"] <= r["top5"] <= 100
+        assert r["top1"] == pytest.approx(np.mean(list(r["per_class"].values())))  # one test video a class
+
+
+def test_evaluation_counts_what_the_model_says(chain, toy):
+    results = {r["checkpoint"]: r for r in json.loads((chain / "results.json").read_text())}
+    saved, videos = load(chain, "student"), tb.read_videos("toy", toy, False)
+    model = tb.build_model("r3d_tiny", 8).eval()
+    model.load_state_dict(saved["model"])
+    right = 0
+    for i in range(8):
+        frames = full_decode(videos.path(i))
+        starts = [0, len(frames) - 15]  # two clips of 8 frames at stride 2, first and last
+        p = 0
+        for start in starts:
+            for scale in (1.0, 0.8, 0.7):
+                clip = tb.decode_frames(videos.path(i), range(start, start + 15, 2), short_side=20)
+                with torch.no_grad():
+                    p = p + model(tb.to_input([tb.centre_crop(clip, 16, scale)], model)).softmax(1)
+        right += int(p.argmax()) == videos.labels[i]
+    assert results["student.pt"]["top1"] == pytest.approx(100 * right / 8)
+
+
+def test_label_firewall(chain, toy, tmp_path, monkeypatch):
+    """Labels that no stage may use are replaced: of unlabelled videos once the subset is drawn, of all test videos."""
+    hide, read = tb.Videos.hide_labels, tb.read_videos
+
+    def nonsense(videos, keep=()):
+        before = videos.labels.copy()
+        hide(videos, keep)
+        videos.labels[videos.labels == -1] = (before[videos.labels == -1] + 3) % 8
+
+    def shuffled_test_labels(data, root, train, *rest):
+        videos = read(data, root, train, *rest)
+        if not train:
+            videos.labels = np.roll(videos.labels, 1)
+        return videos
+
+    monkeypatch.setattr(tb.Videos, "hide_labels", nonsense)
+    monkeypatch.setattr(tb, "read_videos", shuffled_test_labels)
+    monkeypatch.setattr(evaluate, "read_videos", shuffled_test_labels)
+    run_chain(toy, tmp_path)
+    assert_same_checkpoints(chain, tmp_path)
+    assert (chain / "results.json").read_text() != (tmp_path / "results.json").read_text()
+
+
+KILLED = """
+import os, signal, sys, common
+record, count = common.Run.record, []
+def killed(run, *args, **terms):
+    record(run, *args, **terms)
+    count.append(1)
+    if len(count) == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+common.Run.record = killed
+import {module}
+{module}.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("stage, name, step", [(0, "inv", 9), (1, "dist", 9), (3, "labeled_only", 3), (4, "student", 6)])
+def test_a_killed_stage_goes_on_to_the_same_weights(stage, name, step, chain, toy, tmp_path):
+    for file in chain.glob("*.pt"):
+        if CHECKPOINTS.index(file.stem) < CHECKPOINTS.index(name):
+            shutil.copy(file, tmp_path)
+    module, own = STAGES[stage]
+    code = KILLED.format(step=step, module=module.__name__)
+    flags = [*TINY, *own, "--root", toy, "--out", tmp_path]
+    dead = subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=Path(tb.__file__).parent, capture_output=True)
+    assert dead.returncode == -signal.SIGKILL and not load(tmp_path, name)["finished"], dead.stderr.decode()[-2000:]
+    run_stage(stage, toy, tmp_path, "--workers", "1")
+    assert_same_checkpoints(chain, tmp_path, [name])
+    epochs = [json.loads(line).get("epoch") for line in (tmp_path / f"{name}.log").read_text().splitlines()]
+    assert epochs == [None, 1, 2]
+
+
+def test_a_finished_stage_returns_and_takes_more_epochs(chain, toy, tmp_path, capsys):
+    shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
+    before = (tmp_path / "inv.pt").read_bytes()
+    run_stage(0, toy, tmp_path)
+    assert "is finished" in capsys.readouterr().out and (tmp_path / "inv.pt").read_bytes() == before
+    run_stage(0, toy, tmp_path, "--epochs", "3")
+    run_stage(0, toy, tmp_path / "new", "--epochs", "3")
+    assert_same_checkpoints(tmp_path, tmp_path / "new", ["inv"])
+
+
+PROBE = """
+import os, sys, torch, common, pretrain_inv, pretrain_dist, train_student
+torch.set_num_threads(1)
+toy, chain, out = sys.argv[1:]
+found, rank = {}, int(os.environ.get("RANK", 0))
+init, record, step = common.Run.__init__, common.Run.record, torch.optim.Adam.step
+def with_fixed_statistics(run, args, stage, name, net, *rest):
+    init(run, args, stage, name, net, *rest)
+    for m in net.modules():
+        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm):
+            m.eval()
+    run.optimizer.step = lambda: found.update({f"{stage}.{n}": p.grad for n, p in net.named_parameters()
+                                               if p.grad is not None})
+def noted(run, clips, **terms):
+    record(run, clips, **terms)
+    found.setdefault(run.facts["stage"] + ".losses", run.pending[1][:len(terms)])
+    raise common.TrainingError("one step is enough")
+common.Run.__init__, common.Run.record = with_fixed_statistics, noted
+for k, (module, own) in enumerate([(pretrain_inv, ["--clips", "2"]), (train_student, ["--pretrained", chain]),
+                                   (pretrain_dist, ["--clips", "2", "--invariant-weight", "1"])]):
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    if module is train_student:
+        own += ["--teachers", f"{chain}/inv_ft.pt", f"{chain}/dist_ft.pt"]
+    try:
+        module.main([*"--size 16 --frames 8 --epochs 1 --batch 4 --precision fp32 --device cpu --workers 0".split(),
+                     *own, "--root", toy, "--out", out])
+    except SystemExit as end:
+        assert end.code == 1, end
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+if rank == 0:
+    torch.save(found, f"{out}/found.pt")
+"""
+
+
+def test_two_processes_compute_what_one_does(chain, toy, tmp_path):
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environments = [{**os.environ, "MASTER_PORT": str(port), "MASTER_ADDR": "127.0.0.1", **(
+            {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} if processes == 2 else {})}
+            for r in range(processes)]
+        running = [subprocess.Popen([sys.executable, "-c", PROBE, toy, chain, out], env=env, cwd=Path(tb.__file__).parent,
+                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for env in environments]
+        for process in running:
+            text, _ = process.communicate(timeout=200)
+            assert process.returncode == 0, text.decode()[-3000:]
+        found.append(torch.load(out / "found.pt"))
+    one, two = found
+    assert one.keys() == two.keys() and len(one) > 90
+    for name, value in one.items():
+        assert value.abs().max() > 0 and torch.allclose(value, two[name], rtol=1e-3, atol=1e-5 * float(value.abs().max() + 1)), name
+
+
+def test_teachers_stay_as_they_are_in_stage_3(chain, toy, tmp_path, monkeypatch):
+    teachers, frozen = [], train_student.frozen
+
+    def remembered(*args):
+        teachers.append(frozen(*args))
+        return teachers[-1]
+
+    monkeypatch.setattr(train_student, "frozen", remembered)
+    shutil.copytree(chain, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("student*"))
+    run_stage(4, toy, tmp_path)
+    for teacher, name in zip(teachers, ("inv_ft", "dist_ft"), strict=True):
+        assert same(dict(teacher.state_dict()), load(chain, name)["model"])
+        assert all(p.grad is None for p in teacher.parameters())
+    assert_same_checkpoints(chain, tmp_path, ["student"])
+    changed = load(chain, "student")["model"], load(chain, "dist")["model"]
+    assert not torch.equal(*(weights["stem.0.weight"] for weights in changed))
+
+
+@pytest.mark.parametrize("stage, names", [(0, ["inv"]), (1, ["dist"]), (4, ["student"])])
+def test_checkpointing_changes_nothing(stage, names, chain, toy, tmp_path):
+    shutil.copytree(chain, tmp_path, dirs_exist_ok=True, ignore=lambda _, files: [f for f in files if f[:-3] in names])
+    run_stage(stage, toy, tmp_path, "--checkpointing", "--restart")
+    for name in names:
+        a, b = load(chain, name)["model"], load(tmp_path, name)["model"]
+        assert a.keys() == b.keys()
+        for key in a:  # running statistics and num_batches_tracked among them
+            assert torch.allclose(a[key].float(), b[key].float(), atol=1e-6), key
+
+
+def test_learning_rate_in_the_log_is_the_paper_s(toy, tmp_path):
+    run_stage(0, toy, tmp_path, "--epochs", "12", "--warmup", "4", "--patience", "0", "--lr", "0.02", "--size", "16")
+    log = [json.loads(line) for line in (tmp_path / "inv.log").read_text().splitlines()[1:]]
+    assert [line["lr"] for line in log[:4]] == pytest.approx([0.005, 0.01, 0.015, 0.02])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.02)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    for before, line in zip(log[3:], log[4:]):
+        if before["epoch"] > 4:
+            plateau.step(before["loss"])
+        assert line["lr"] == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-6)
+    assert log[-1]["lr"] < 0.02  # the schedule did something
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Mistakes of the user's: one line, exit status 2
+
+
+@pytest.mark.parametrize("module, flags, word", [
+    (pretrain_inv, "--data ucf102", "--data"), (pretrain_inv, "--arch r3d_19", "--arch"), (pretrain_inv, "--frames x", "--frames"),
+    (pretrain_inv, "--size 8", "--size"), (pretrain_inv, "--batch 1", "--batch"), (pretrain_inv, "--batch 25", "--batch 25"),
+    (pretrain_inv, "--clips 1", "--clips"), (pretrain_inv, "--lr -1", "--lr"), (pretrain_inv, "--lr nan", "--lr"),
+    (pretrain_inv, "--temperature 0", "--temperature"), (pretrain_inv, "--epochs 0", "--epochs"), (pretrain_inv, "--what", "--what"),
+    (pretrain_inv, "--percent 5", "--percent"), (pretrain_inv, "--data ucf101 --root /nowhere", "/nowhere"),
+    (pretrain_inv, "--data hmdb51 --root /nowhere", "/nowhere"), (pretrain_inv, "--data folder --root /nowhere", "/nowhere"),
+    (pretrain_dist, "--frames 8", "--frames 8"), (pretrain_dist, "--clips 3", "--clips 3"),
+    (finetune, "--percent 0", "--percent"), (finetune, "--percent 101", "--percent"), (finetune, "--init no.pt", "no.pt"),
+    (finetune, "--out OUT/none", "pretrain_inv.py"), (finetune, "--init again.pt", "again.pt"),
+    (finetune, "--arch r3d_18", "--arch"), (finetune, "--init OUT/bad/broken.pt", "broken.pt"),
+    (finetune, "--labeled-list no.txt", "no.txt"), (finetune, "--percent 5 --labeled-list no.txt", "--labeled-list"),
+    (finetune, "--init OUT/bad/text.pt", "text.pt"), (finetune, "--size 24", "--size"),
+    (train_student, "--teachers inv.pt dist.pt", "inv.pt"), (train_student, "--reweight 2", "--reweight"),
+    (train_student, "--teachers inv_ft.pt inv_ft.pt", "--teachers"), (train_student, "--omega -1", "--omega"),
+    (train_student, "--teachers OUT/bad/other.pt", "classes"), (train_student, "--teacher-loss l1", "--teacher-loss"),
+    (train_student, "--init nothing.pt", "nothing.pt"), (train_student, "--percent 50", "--percent"),
+    (train_student, " ".join(TINY) + " --lr 0.1 --name again", "lr"),
+    (evaluate, "OUT/inv.pt", "inv.pt"), (evaluate, "/nowhere", "/nowhere"), (evaluate, "OUT/empty", "empty"),
+    (evaluate, "OUT --scales 2", "--scales"), (evaluate, "OUT --root /nowhere", "/nowhere"), (evaluate, "OUT/bad/other.pt", "classes"),
+])
+def test_mistakes_cost_one_line(module, flags, word, chain, toy, tmp_path, capsys):
+    shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "student.pt").rename(tmp_path / "again.pt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/broken.pt").write_bytes((tmp_path / "inv.pt").read_bytes()[:5000])
+    (tmp_path / "bad/text.pt").write_text("no tensors")
+    other = load(chain, "inv_ft")
+    torch.save({**other, "classes": other["classes"][:5]}, tmp_path / "bad/other.pt")
+    argv = flags.replace("OUT", str(tmp_path)).split()
+    if module is not evaluate:
+        argv += [] if "--out" in argv else ["--out", str(tmp_path)]
+        argv += [] if "--root" in argv else ["--root", str(toy)]
+        argv += ["--restart"] if module in (pretrain_inv, pretrain_dist) else []
+    with pytest.raises(SystemExit) as end:
+        module.main([*argv, "--device", "cpu"])
+    error = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and word in error and "\n" not in error and error.startswith(module.__name__), error

@@ -36,11 +36,13 @@ def main(argv=None):
     training.add_argument("--omega", type=number(float, 0), default=1.0, metavar="X",
                           help="weight of the unsupervised loss (default 1)")
     training.add_argument("--teacher-loss", choices=("l2", "kl", "js"), default="l2", help="distillation loss (default l2)")
-    training.add_argument("--reweight", default="tstr", metavar="{tstr,mean,W}", help="weight of the first teacher: each "
-                          "video's similarity score, one half, or a number from 0 to 1 (default tstr)")
+    training.add_argument("--reweight", type=weighting, default="tstr", metavar="{tstr,mean,W}", help="weight of the first "
+                          "teacher: each video's similarity score, one half, or a number from 0 to 1 (default tstr)")
     parser.groups["run"].add_argument("--name", default="student", help="the checkpoint is OUT/NAME.pt (default student)")
     args = parser.parse_args(argv)
     device = start(args)
+    if len(set(args.teachers)) != len(args.teachers) or len(args.teachers) > 2:
+        raise UserError("--teachers takes one or two different checkpoints, or none")
     saved_teachers = load_finished(args.teachers, args.out, ["finetune"])
     init = load_finished([args.init], args.pretrained or args.out, [
         "pretrain_inv", "pretrain_dist", "finetune", "student", None]).get(args.init)
@@ -105,10 +107,18 @@ def frozen(saved, num_classes, device):
     return model.to(device, memory_format=torch.channels_last_3d).requires_grad_(False).eval()
 
 
+def weighting(text):
+    """The argparse type of --reweight."""
+    return text if text in ("tstr", "mean") else number(float, 0, 1)(text)
+
+
 def score_videos(reweight, saved_teachers, videos):
     """The weight of the first teacher for every video, (N,): s of Eq. 6, or one number for all."""
-    score = torch.full((len(videos),), 0.5)
+    score = torch.full((len(videos),), 0.5 if isinstance(reweight, str) else reweight)
     if reweight == "tstr" and len(saved_teachers) == 2:
+        for name, saved in saved_teachers.items():
+            if "similarity" not in saved:
+                raise UserError(f"{name} does not come from stage 1, TSTR cannot weigh it: --reweight mean, or a number")
         inv, dist = saved_teachers.values()
         row = [{name: i for i, name in enumerate(saved["similarity_of"])} for saved in (inv, dist)]
         both = [i for i in range(len(videos)) if videos.name(i) in row[0] and videos.name(i) in row[1]]
@@ -117,8 +127,6 @@ def score_videos(reweight, saved_teachers, videos):
         score[both] = similarity_score(c_inv, c_dist)
         if len(both) < len(videos):
             print0(f"{len(videos) - len(both)} videos could not be decoded after stage 1: their teachers count alike")
-    elif reweight not in ("tstr", "mean"):
-        score[:] = float(reweight)
     return score
 
 
