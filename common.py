@@ -1,8 +1,8 @@
 """TimeBalance (Dave et al., CVPR 2023, arXiv 2303.16268): what the five stages share.
 
-Losses - TSTR - models - data - toy videos - distributed - optimisation and logging - checkpoints - evaluation - arguments.
-The method comes first and takes tensors, paths and plain numbers alone: any function or class above "distributed" can be
-copied into other code with the few names that it calls.
+Losses - TSTR - models - data - toy videos - distributed - optimisation - checkpoints - evaluation - arguments.
+The method comes first and takes tensors, paths and plain numbers alone: any function or class above "distributed" can
+be copied into other code with the few names that it calls.
 """
 
 import argparse
@@ -59,8 +59,8 @@ def check_clips(z, other=None):
 def invariant_loss(z, temperature=0.1):
     """L_I, Eq. 1: clips of one video agree, clips of different videos do not.
 
-    z: (B, n, d), n >= 2 clips of each of B >= 2 videos, of any norm. Returns a scalar: the mean over the B * n * (n - 1)
-    ordered pairs of clips of one video, which is the paper's sum up to that constant. ValueError for other shapes.
+    z: (B, n, d), n >= 2 clips of each of B >= 2 videos, of any norm. Returns a scalar: the mean over the ordered pairs
+    of clips of one video, which is the paper's sum up to a factor B * n * (n - 1). ValueError for other shapes.
 
     Eq. 1 as printed: the indicator covers the first term of the denominator alone. So the anchor z[i, t1] meets clip t1
     of the other videos, and clip t2 of every video; the latter's j = i is the positive.
@@ -305,7 +305,8 @@ def build_model(arch, num_classes):
     """A classifier of clips, (B, 3, T, H, W) -> logits (B, num_classes), with .features(x) -> (B, D, T').
 
     arch: r3d_18 (D = 512, T' = T / 4), slow_r50 (D = 2048, T' = T), or r3d_tiny, an r3d of a quarter of the width and
-    half the depth (D = 128). The state dict has torchvision's (r3d) or PyTorchVideo's (slow_r50) keys. ValueError for other names.
+    half the depth (D = 128). The state dict has torchvision's (r3d) or PyTorchVideo's (slow_r50) keys. ValueError for
+    other names.
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}: {', '.join(ARCHS)}")
@@ -421,7 +422,7 @@ def decode(container, stream):
 
 
 def pick_frames(numbered_frames, wanted, short_side):
-    """Of (number, frame) pairs in rising order, the wanted ones: (uint8 (T, H, W, 3), or None if one is missing; count).
+    """Of (number, frame) pairs in rising order the wanted ones: (uint8 (T, H, W, 3), None if one is missing; count).
 
     Stops behind the last wanted frame, and at a gap in the numbers: they would not be those of a full decode.
     """
@@ -530,7 +531,7 @@ def read_videos(data, root, train, split=1, pool="train"):
         folder, lists = root / "UCF-101", root / "ucfTrainTestlist"
         classes = [line.split()[1] for line in read_lines(lists / "classInd.txt")]
         names = [line.split()[0] for line in read_lines(lists / f"{'train' if train else 'test'}list0{split}.txt")]
-    there = {c: set(os.listdir(folder / c)) for c in {name.rpartition("/")[0] for name in names} if (folder / c).is_dir()}
+    there = {c: set(os.listdir(folder / c)) for c in {n.rpartition("/")[0] for n in names} if (folder / c).is_dir()}
     missing = [name for name in names if name.rpartition("/")[2] not in there.get(name.rpartition("/")[0], ())]
     if missing:
         report = f"{len(missing)} of {len(names)} listed videos are not in {folder}, such as {', '.join(missing[:3])}"
@@ -618,7 +619,7 @@ def labeled_of_teachers(teachers, videos):
     if any(names != lists[0] for names in lists):
         raise UserError(f"{' and '.join(teachers)} were fine-tuned on different labelled videos")
     if absent := [name for name in lists[0] if name not in number]:
-        raise UserError(f"{len(absent)} of the teachers' labelled videos are not in {videos.folder}, such as {absent[0]}")
+        raise UserError(f"{videos.folder}: without {len(absent)} of the teachers' labelled videos, such as {absent[0]}")
     labeled = np.array([number[name] for name in lists[0]])
     videos.hide_labels(keep=labeled)
     return labeled
@@ -723,7 +724,8 @@ def render_toy(root, train=400, test=200, seed=0):
             "testlist01": [name for name, _ in lists["testlist01"]],
             "trainlist01": [f"{name} {label + 1}" for name, label in lists["trainlist01"]]}
     for name, lines in text.items():
-        write_atomically(root / "ucfTrainTestlist" / f"{name}.txt", lambda f: f.write("\n".join(lines).encode() + b"\n"))
+        content = "".join(f"{line}\n" for line in lines).encode()
+        write_atomically(root / "ucfTrainTestlist" / f"{name}.txt", lambda file: file.write(content))
     write_atomically(done, lambda file: file.write(json.dumps(settings).encode()))
 
 
@@ -851,7 +853,7 @@ class VideoStream:
                     self.report(video, item, group[0][0])
                     video = next(substitutes, None)
                     if video is None:
-                        raise UserError("too few videos can be decoded to fill a batch: a smaller --batch leaves spare ones")
+                        raise UserError("too few videos can be decoded to fill a batch: choose a smaller --batch")
                     item = self.dataset[key, video]
                 frames.append(item.to(self.device, non_blocking=True))
                 videos.append(video)
@@ -938,7 +940,7 @@ def centre_crop(clip, size, scale=1.0):
 
 
 def to_input(clips, model, dtype=torch.float32):
-    """N clips, each uint8 (T, 3, H, W) -> (N, 3, T, H, W) in channels_last_3d, normalised by model.mean and model.std."""
+    """N clips, each uint8 (T, 3, H, W) -> (N, 3, T, H, W), channels_last_3d, normalised by model.mean and model.std."""
     clips = [clip.permute(0, 2, 3, 1).float().div_(255).sub_(model.mean).div_(model.std).to(dtype) for clip in clips]
     return torch.stack(clips).permute(0, 4, 1, 2, 3)
 
@@ -1006,7 +1008,7 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """The first signal during training lets the step end, elsewhere it ends the program; a second Ctrl-C always does."""
+    """The first signal in training lets the step end, elsewhere it ends the program; a second Ctrl-C always does."""
     deferring = requested = False
 
     @classmethod
@@ -1080,8 +1082,8 @@ class Run:
 
     def __init__(self, args, stage, name, net, parts, videos, device, labeled=None):
         self.args, self.name, self.parts, self.device, self.carried = args, name, parts, device, {}
-        self.facts = {"stage": stage, "arch": args.arch, "classes": videos.classes, "video_set": set_digest(videos.names()),
-                      "labeled": None if labeled is None else [videos.name(i) for i in labeled]}
+        self.facts = {"stage": stage, "arch": args.arch, "classes": videos.classes,
+                      "video_set": set_digest(videos.names()), "labeled": None if labeled is None else [videos.name(i) for i in labeled]}
         self.path, self.log_path = Path(args.out) / f"{name}.pt", Path(args.out) / f"{name}.log"
         self.epoch, self.step, self.sums, self.finished = 0, 0, {}, False
         self.pending, self.stopping = None, False
@@ -1109,8 +1111,8 @@ class Run:
         for key, value in {**self.facts, **vars(self.args)}.items():
             before = saved.get(key, saved["args"].get(key))
             if key not in FREE_ARGUMENTS and before != value:
-                raise UserError(f"{self.path} was made with {key} {str(before)[:60]}, not {str(value)[:60]}: repeat that "
-                                "to go on, or give --restart to begin again or another --out")
+                raise UserError(f"{self.path} was made with {key} {str(before)[:60]}, not {str(value)[:60]}: repeat "
+                                "that to go on, or give --restart to begin again or another --out")
         if saved["epoch"] > self.args.epochs:
             raise UserError(f"{self.path} has {saved['epoch']} epochs, --epochs {self.args.epochs} is less")
         for name, module in self.parts.items():
@@ -1157,7 +1159,7 @@ class Run:
         Signals.deferring = False
 
     def steps(self, stream):
-        """The batches that are left of this epoch, under a progress bar; after a signal the last one is followed by the end."""
+        """The batches that are left of this epoch, under a progress bar; after a signal, a checkpoint and the end."""
         self.stream = stream
         with tqdm(total=stream.steps, initial=self.step, desc=f"{self.name} {self.epoch + 1}/{self.args.epochs}",
                   leave=False, disable=True if rank() else None) as self.bar:
@@ -1215,9 +1217,10 @@ class Run:
     def save(self, finished=False, **more):
         """Write the checkpoint: the old one or the new one is there, whole, whenever the power fails."""
         if rank() == 0:
-            state = {**self.facts, **self.carried, **more, "args": vars(self.args), "epoch": self.epoch, "step": self.step,
-                     "sums": self.sums, "finished": finished, "optimizer": self.optimizer.state_dict(),
-                     "plateau": self.plateau.state_dict(), **{k: part.state_dict() for k, part in self.parts.items()}}
+            state = {**self.facts, **self.carried, **more, "args": vars(self.args), "epoch": self.epoch,
+                     "step": self.step, "sums": self.sums, "finished": finished,
+                     "optimizer": self.optimizer.state_dict(), "plateau": self.plateau.state_dict(),
+                     **{name: part.state_dict() for name, part in self.parts.items()}}
             write_atomically(self.path, lambda file: torch.save(state, file))
         if world_size() > 1:
             dist.barrier()
@@ -1276,14 +1279,15 @@ def read_checkpoint(path, hint=""):
     return saved
 
 
-WRITERS = {"inv.pt": "pretrain_inv.py", "dist.pt": "pretrain_dist.py", "inv_ft.pt": "finetune.py", "dist_ft.pt": "finetune.py"}
+WRITERS = {"inv.pt": "pretrain_inv.py", "dist.pt": "pretrain_dist.py",
+           "inv_ft.pt": "finetune.py", "dist_ft.pt": "finetune.py"}
 
 
 def load_finished(names, folder, stages):
     """Finished checkpoints by name -> {name: content}; none where the name is "none".
 
-    A name without a folder of its own lies in `folder`. stages: those that may have written it, None among them for other
-    programs.
+    A name without a folder of its own lies in `folder`. stages: those that may have written it, None among them for
+    other programs.
     """
     contents = {}
     for name in names:
@@ -1296,7 +1300,8 @@ def load_finished(names, folder, stages):
             raise UserError(f"{path}: written by {stage or 'another program'}, but needed is one of "
                             + ", ".join(filter(None, stages)))
         if stage and not saved["finished"]:
-            raise UserError(f"{path}: unfinished, {saved['epoch']} of {saved['args']['epochs']} epochs; run its stage again")
+            raise UserError(f"{path}: unfinished ({saved['epoch']} of {saved['args']['epochs']} epochs), go on with "
+                            "its stage first")
         contents[name] = {key: value for key, value in saved.items() if key != "optimizer"}
     return contents
 
@@ -1314,7 +1319,7 @@ def load_backbone(model, path, saved):
     fitting = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
     unfit = [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]
     if unfit:
-        raise UserError(f"{path}: {len(fitting)} of {len(own)} tensors fit, {unfit[0]} does not: weights of another arch?")
+        raise UserError(f"{path}: {len(fitting)} of {len(own)} tensors fit, {unfit[0]} does not: another arch's weights?")
     if tclr:
         fitting["stem.0.weight"] = fitting["stem.0.weight"].flip(1)
     model.load_state_dict(fitting, strict=False)
@@ -1354,8 +1359,8 @@ def map_videos(function, videos, indices, size, args, device, title):
 def measure_similarity(embedder, videos, args, device):
     """C of Eq. 5 of each video by the self-supervised teacher, before fine-tuning (Algorithm 1, line 16).
 
-    From n = args.clips consecutive clips in the middle of the video, centre crop, eval mode. Returns what the checkpoint
-    holds of it: "similarity_of", the names of those that can be decoded, and "similarity", (their number, n, n).
+    From n = args.clips consecutive clips in the middle of the video, centre crop, eval mode. Returns what the
+    checkpoint holds of it: "similarity_of", the names of those that can be decoded, and "similarity", (those, n, n).
     """
     def similarity(frames):
         clips = [centre_crop(clip, args.size) for video in frames for clip in video.split(args.frames)]
@@ -1426,62 +1431,62 @@ def number(kind, least, most=math.inf):
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors become a UserError, so one line. A stage script adds its own flags to the groups."""
+    """Flags in named groups, with their defaults in --help. A mistake becomes a UserError, so one line.
+
+    stage: "pretrain", "finetune" or "student" brings the flags that the training stages share, "" those of any script.
+    """
+
+    def __init__(self, description, stage=""):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.stage, self.groups = stage, {}
+        count, add = functools.partial(number, int), self.add
+        if stage:
+            add("data", "--data", "data set; toy is rendered where it is missing (default toy)", choices=DATA_SETS)
+            add("data", "--root", "its folder (default data/<data>)", metavar="DIR")
+            add("data", "--split", "official split of ucf101 and hmdb51", type=int, choices=(1, 2, 3))
+            add("data", "--pool", "training videos of hmdb51: the split's 3,570, or all that are not test videos, as the "
+                "label lists of earlier papers assume", choices=("train", "all"))
+            if stage != "pretrain":
+                add("data", "--percent", "percent of each class's training videos that keep their label", metavar="P",
+                    type=number(float, 0.001, 100))
+                add("data", "--labeled-list", "read the labelled videos from a published list instead", metavar="FILE")
+                add("data", "--subset-seed", "draws which P percent", type=count(0), metavar="N")
+            else:
+                add("clips", "--clips", "consecutive clips per video, n", type=count(2), metavar="N")
+            add("clips", "--frames", "frames per clip", type=count(1), metavar="N")
+            add("clips", "--stride", "frames from one to the next", type=count(1), metavar="N")
+            add("clips", "--size", "side of the square that the network sees", type=count(16), metavar="PIXELS")
+            add("model", "--arch", "network", choices=ARCHS)
+            add("training", "--epochs", "passes over the videos", type=count(1), metavar="N")
+            add("training", "--batch", "videos per step, over all processes", type=count(1), metavar="VIDEOS")
+            add("training", "--lr", "Adam's learning rate", type=number(float, 0), default=1e-3, metavar="X")
+            add("training", "--warmup", "epochs in which it rises linearly", type=count(0), metavar="EPOCHS")
+            add("training", "--patience", "epochs without a lower loss after which it halves", type=count(0),
+                metavar="EPOCHS")
+            add("run", "--out", "folder of checkpoints and logs (default runs/<data>)", metavar="DIR")
+            add("run", "--seed", "of weights, order and augmentation", type=count(0), default=0, metavar="N")
+            add("run", "--checkpointing", "recompute activations: less memory, a third more time", action="store_true")
+            add("run", "--compile", "torch.compile: slow to start, then faster on GPUs", action="store_true")
+            add("run", "--restart", "begin again, even where there is a checkpoint", action="store_true")
+        add("run", "--workers", "decoding processes of each process (default: its share of the cores, up to 16)",
+            type=count(0), metavar="N")
+        add("run", "--device", "default: cuda where there is a GPU", choices=("cpu", "cuda"))
+        add("run", "--precision", "bf16 autocast or float32 (default: bf16 where the GPU or CPU computes in it)",
+            choices=("bf16", "fp32"))
+
+    def add(self, group, flag, text, **settings):
+        if group not in self.groups:
+            self.groups[group] = self.add_argument_group(group)
+        key, default = flag.strip("-").replace("-", "_"), settings.get("default")
+        values = {data: defaults(data, self.stage).get(key) for data in DATA_SETS} if self.stage else {}
+        default = values.get("ucf101") if default is None else " ".join(map(str, np.atleast_1d(default)))
+        if default is not None and "default" not in text:
+            others = [f"{data} {value}" for data, value in values.items() if value not in (None, default)]
+            text += f" (default {'; '.join([str(default), *others])})"
+        self.groups[group].add_argument(flag, help=text, **settings)
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
-
-
-def stage_parser(description, stage):
-    """The flags that a training stage ("pretrain", "finetune", "student") shares with others, in groups by name."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.stage, parser.groups = stage, {name: parser.add_argument_group(name)
-                                          for name in ("data", "clips", "model", "training", "run")}
-    data, clips, model, training, run = parser.groups.values()
-    data.add_argument("--data", choices=DATA_SETS, help="data set; toy is rendered where it is missing (default toy)")
-    data.add_argument("--root", metavar="DIR", help="its folder (default data/<data>)")
-    data.add_argument("--split", type=int, choices=(1, 2, 3), help="official split of ucf101 and hmdb51 (default 1)")
-    data.add_argument("--pool", choices=("train", "all"), help="training videos of hmdb51: the split's 3,570, or all "
-                      "that are not test videos, as earlier papers' label lists assume (default train)")
-    if stage != "pretrain":
-        labels = data.add_mutually_exclusive_group()
-        labels.add_argument("--percent", type=number(float, 0.001, 100), metavar="P", help="percent of the training videos "
-                            "that keep their label, in each class (default 10; ucf101 5, hmdb51 40)")
-        labels.add_argument("--labeled-list", metavar="FILE", help="read the labelled videos from a published list")
-        data.add_argument("--subset-seed", type=number(int, 0), metavar="N", help="draws which P percent (default 0)")
-    else:
-        clips.add_argument("--clips", type=number(int, 2), metavar="N", help="consecutive clips per video, n (default 4)")
-    clips.add_argument("--frames", type=number(int, 1), metavar="N", help="frames per clip (default 16 in stage 1, else 8)")
-    clips.add_argument("--stride", type=number(int, 1), metavar="N", help="frames from one to the next (default 1 in "
-                       "stage 1, else 2)")
-    clips.add_argument("--size", type=number(int, 16), metavar="PIXELS", help="side of the square that the network sees "
-                       "(default 224; toy 32)")
-    model.add_argument("--arch", choices=ARCHS, help="network (default slow_r50; toy r3d_tiny)")
-    epochs = "250; kinetics400 100; toy 12" if stage == "pretrain" else "150; toy 40" if stage == "finetune" else "150; toy 30"
-    training.add_argument("--epochs", type=number(int, 1), metavar="N", help=f"passes over the videos (default {epochs})")
-    training.add_argument("--batch", type=number(int, 1), metavar="VIDEOS", help="videos per step, over all processes "
-                          f"(default {'40; toy 20' if stage == 'pretrain' else '16'})")
-    training.add_argument("--lr", type=number(float, 0), default=1e-3, metavar="X", help="Adam's learning rate (default 1e-3)")
-    training.add_argument("--warmup", type=number(int, 0), metavar="EPOCHS", help="epochs in which it rises linearly "
-                          "(default 10; toy 2)")
-    training.add_argument("--patience", type=number(int, 0), metavar="EPOCHS", help="epochs without a lower loss "
-                          "after which it halves (default 5)")
-    run.add_argument("--out", metavar="DIR", help="folder of checkpoints and logs (default runs/<data>)")
-    run.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of weights, order and augmentation "
-                     "(default 0)")
-    add_device_arguments(run)
-    run.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
-    run.add_argument("--compile", action="store_true", help="torch.compile: slow to start, then faster on GPUs")
-    run.add_argument("--restart", action="store_true", help="begin again, even where there is a checkpoint")
-    return parser
-
-
-def add_device_arguments(group):
-    group.add_argument("--workers", type=number(int, 0), metavar="N", help="decoding processes of each process (default: "
-                       "its share of the cores, up to 16)")
-    group.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    group.add_argument("--precision", choices=("bf16", "fp32"), help="bf16 autocast or float32 (default: bf16 where the "
-                       "GPU or CPU computes in it)")
 
 
 def settle_arguments(args, stage, sources={}, inherited=()):
@@ -1504,9 +1509,11 @@ def settle_arguments(args, stage, sources={}, inherited=()):
     for key, value in defaults(args.data or "toy", stage).items():
         if getattr(args, key, 0) is None and not (key == "percent" and args.labeled_list):
             setattr(args, key, value)
+    if getattr(args, "labeled_list", None) and args.percent is not None:
+        raise UserError("--percent and --labeled-list: choose one")
     if args.batch % world_size():
-        raise UserError(f"--batch {args.batch} cannot be shared among {world_size()} processes: choose a multiple of that")
-    print0("settings:", *(f"--{key.replace('_', '-')} {value}" for key, value in vars(args).items() if value is not None))
+        raise UserError(f"--batch {args.batch} cannot be shared among {world_size()} processes: choose a multiple")
+    print0("settings:", *(f"--{k.replace('_', '-')} {value}" for k, value in vars(args).items() if value is not None))
 
 
 class UserError(Exception):
@@ -1522,7 +1529,7 @@ def warn(text):
 
 
 def command(main):
-    """Make main(argv=None) a command: signals as Signals says, errors of the user's as one line, exit status 0, 1 or 2."""
+    """Make main(argv=None) a command: signals as Signals says, a user's mistakes as one line, exit status 0, 1 or 2."""
     @functools.wraps(main)
     def run(argv=None):
         Signals.deferring = Signals.requested = False

@@ -1,7 +1,7 @@
 """Evaluation of TimeBalance: accuracy on the test videos, from 10 clips x 3 scales each (Sec. 4.2).
 
-Takes run folders, of which it evaluates every classifier, or checkpoints. Prints a table that can be pasted into Markdown
-and writes results.json beside the checkpoints; several folders (say, of different seeds) add a table of means.
+Takes run folders, of which it evaluates every classifier, or checkpoints. Prints a table that can be pasted into
+Markdown and writes results.json beside the checkpoints; several folders (say, of different seeds) add a table of means.
 
     python evaluate.py                                                # runs/toy
     python evaluate.py runs/ucf101/student.pt
@@ -18,20 +18,19 @@ import numpy as np
 import torch
 
 from common import (
-    Parser, UserError, add_device_arguments, build_model, class_probabilities, command, number, print0, rank,
+    Parser, UserError, build_model, class_probabilities, command, number, print0, rank,
     read_checkpoint, read_videos, start, write_atomically)
 
 
 @command
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("paths", nargs="*", type=Path, default=[Path("runs/toy")], metavar="PATH",
                         help="run folders or checkpoints (default runs/toy)")
-    parser.add_argument("--clips", type=number(int, 1), default=10, metavar="N", help="clips per video (default 10)")
-    parser.add_argument("--scales", type=number(float, 0.01, 1), nargs="+", default=[1.0, 0.8, 0.7], metavar="X",
-                        help="centre crops, as shares of the short side (default 1.0 0.8 0.7)")
-    parser.add_argument("--root", metavar="DIR", help="folder of the data set (default: as in training)")
-    add_device_arguments(parser)
+    parser.add("clips", "--clips", "clips per video", type=number(int, 1), default=10, metavar="N")
+    parser.add("clips", "--scales", "centre crops, as shares of the short side", type=number(float, 0.01, 1), nargs="+",
+               default=[1.0, 0.8, 0.7], metavar="X")
+    parser.add("data", "--root", "folder of the data set (default: as in training)", metavar="DIR")
     args = parser.parse_args(argv)
     device = start(args)
 
@@ -39,7 +38,8 @@ def main(argv=None):
     for folder, files in find_classifiers(args.paths).items():
         tables[folder] = [evaluate(file, saved, args, device) for file, saved in files]
         if rank() == 0:
-            write_atomically(folder / "results.json", lambda file: file.write(json.dumps(tables[folder], indent=1).encode()))
+            content = json.dumps(tables[folder], indent=1).encode()
+            write_atomically(folder / "results.json", lambda file: file.write(content))
         rows = [[r["checkpoint"], r["labeled_count"]] + [f"{r[key]:.1f}" for key in METRICS] for r in tables[folder]]
         print_table([f"{folder}", "labels", *METRICS.values()], rows)
     if len(tables) > 1:

@@ -1,8 +1,8 @@
 """Stage 2 of TimeBalance: both teachers learn the classes from the labelled videos (Sec. 3.1.2; Algorithm 1, 17-21).
 
 Draws the labelled videos (--percent or --labeled-list) and writes their names to OUT/labeled.txt. Reads OUT/inv.pt and
-OUT/dist.pt, writes OUT/inv_ft.pt and OUT/dist_ft.pt. With --init none it trains the labelled-only baseline instead, from
-random weights: OUT/labeled_only.pt.
+OUT/dist.pt, writes OUT/inv_ft.pt and OUT/dist_ft.pt. With --init none it trains the labelled-only baseline instead,
+from random weights: OUT/labeled_only.pt.
 
     python finetune.py                                           # after stage 1 on toy videos: seconds on a CPU
     python finetune.py --init none                               # the baseline
@@ -18,18 +18,16 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    WEAK, Pool, Run, VideoStream, augment, autocast, build_model, choose_labeled, command, draw, input_dtype,
-    load_backbone, load_finished, random_span, settle_arguments, stage_parser, start, to_device, to_input,
-    training_videos)
+    WEAK, Parser, Pool, Run, VideoStream, augment, autocast, build_model, choose_labeled, command, draw, input_dtype,
+    load_backbone, load_finished, random_span, settle_arguments, start, to_device, to_input, training_videos)
 
 
 @command
 def main(argv=None):
-    parser = stage_parser(__doc__, "finetune")
-    parser.groups["model"].add_argument(
-        "--init", nargs="+", default=["inv.pt", "dist.pt"], metavar="CHECKPOINT", help="what to fine-tune, one after the "
-        "other: file names in --pretrained, paths, or none for random weights (default inv.pt dist.pt)")
-    parser.groups["model"].add_argument("--pretrained", metavar="DIR", help="folder of stage 1 (default: OUT)")
+    parser = Parser(__doc__, "finetune")
+    parser.add("model", "--init", "what to fine-tune, one after the other: file names in --pretrained, paths, or none for "
+               "random weights", nargs="+", default=["inv.pt", "dist.pt"], metavar="CHECKPOINT")
+    parser.add("model", "--pretrained", "folder of stage 1 (default OUT)", metavar="DIR")
     args = parser.parse_args(argv)
     device = start(args)
     pretrained = load_finished(args.init, args.pretrained or args.out, ["pretrain_inv", "pretrain_dist", None])

@@ -17,20 +17,18 @@ import numpy as np
 import torch
 
 from common import (
-    STRONG, Embedder, Pool, Run, UserError, VideoStream, all_gather, augment, autocast, build_model, command,
+    STRONG, Embedder, Parser, Pool, Run, UserError, VideoStream, all_gather, augment, autocast, build_model, command,
     distinctive_loss, draw, feature_frames, input_dtype, invariant_loss, measure_similarity, number, random_span,
-    settle_arguments, stage_parser, start, to_input, training_videos, unpooled_distinctive_loss)
+    settle_arguments, start, to_input, training_videos, unpooled_distinctive_loss)
 
 
 @command
 def main(argv=None):
-    parser = stage_parser(__doc__, "pretrain")
-    parser.groups["training"].add_argument("--temperature", type=number(float, 1e-3), default=0.1, metavar="X",
-                                           help="temperature of the contrastive losses (default 0.1)")
-    parser.groups["training"].add_argument("--invariant-weight", type=number(float, 0), default=0.0, metavar="X",
-                                           help="adds X times the invariant loss of stage 1a (default 0)")
-    parser.groups["run"].add_argument("--name", help="the checkpoint is OUT/NAME.pt (default dist, or both with "
-                                      "--invariant-weight)")
+    parser = Parser(__doc__, "pretrain")
+    parser.add("training", "--temperature", "tau of Eq. 3", type=number(float, 1e-3), default=0.1, metavar="X")
+    parser.add("training", "--invariant-weight", "adds X times the invariant loss of stage 1a", type=number(float, 0),
+               default=0.0, metavar="X")
+    parser.add("run", "--name", "the checkpoint is OUT/NAME.pt (default dist, or both with --invariant-weight)")
     args = parser.parse_args(argv)
     device = start(args)
     settle_arguments(args, "pretrain")
@@ -38,8 +36,8 @@ def main(argv=None):
     n = args.clips
     steps = feature_frames(args.arch, args.frames, args.size)
     if steps % n:
-        raise UserError(f"--frames {args.frames} leave {steps} time steps in the features of {args.arch}, which L_D2 cannot "
-                        f"cut into --clips {n} equal slices")
+        raise UserError(f"--frames {args.frames} leave {steps} time steps in the features of {args.arch}, which L_D2 "
+                        f"cannot cut into --clips {n} equal slices")
 
     videos = training_videos(args)
     videos.hide_labels()

@@ -16,17 +16,16 @@ import numpy as np
 import torch
 
 from common import (
-    STRONG, Embedder, Pool, Run, UserError, VideoStream, all_gather, augment, autocast, build_model, command, draw, input_dtype,
-    invariant_loss, measure_similarity, number, random_span, settle_arguments, stage_parser, start, to_input,
+    STRONG, Embedder, Parser, Pool, Run, UserError, VideoStream, all_gather, augment, autocast, build_model, command,
+    draw, input_dtype, invariant_loss, measure_similarity, number, random_span, settle_arguments, start, to_input,
     training_videos)
 
 
 @command
 def main(argv=None):
-    parser = stage_parser(__doc__, "pretrain")
-    parser.groups["training"].add_argument("--temperature", type=number(float, 1e-3), default=0.1, metavar="X",
-                                           help="temperature of the contrastive loss (default 0.1)")
-    parser.groups["run"].add_argument("--name", default="inv", help="the checkpoint is OUT/NAME.pt (default inv)")
+    parser = Parser(__doc__, "pretrain")
+    parser.add("training", "--temperature", "tau of Eq. 1", type=number(float, 1e-3), default=0.1, metavar="X")
+    parser.add("run", "--name", "the checkpoint is OUT/NAME.pt", default="inv")
     args = parser.parse_args(argv)
     device = start(args)
     settle_arguments(args, "pretrain")

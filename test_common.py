@@ -17,7 +17,7 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in what the tests start: small tensors, few cores
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in what the tests start: the tensors are small
 
 import av
 import numpy as np
@@ -103,7 +103,8 @@ def test_losses_closed_form():
     videos = torch.eye(B)[:, None].expand(B, n, B)  # clips of one video equal, of two orthogonal
     assert tb.invariant_loss(videos, tau).item() == pytest.approx(math.log(1 + 2 * (B - 1) * math.exp(-1 / tau)))
     clips = torch.eye(n).expand(B, n, n)  # clips of one video orthogonal, both augmentations equal
-    assert tb.distinctive_loss(clips, clips, tau).item() == pytest.approx(math.log(1 + 2 * (n - 1) * math.exp(-1 / tau)))
+    assert tb.distinctive_loss(clips, clips, tau).item() == pytest.approx(
+        math.log(1 + 2 * (n - 1) * math.exp(-1 / tau)))
     assert tb.unpooled_distinctive_loss(clips, clips, tau).item() == pytest.approx(
         math.log(1 + (n - 1) * math.exp(-1 / tau)))
 
@@ -132,7 +133,8 @@ def test_losses_are_finite_at_the_corners(dtype):
     corners = {"identical": torch.ones(2, 2, 4), "opposite": torch.tensor([[[1.0], [-1]], [[-1], [1]]]),
                "huge": 1e4 * torch.randn(2, 2, 4), "zero": torch.zeros(2, 2, 4)}
     for z in corners.values():
-        for loss in (tb.invariant_loss, lambda z: tb.distinctive_loss(z, z), lambda z: tb.unpooled_distinctive_loss(z, z)):
+        for loss in (tb.invariant_loss, lambda z: tb.distinctive_loss(z, z),
+                     lambda z: tb.unpooled_distinctive_loss(z, z)):
             leaf = z.to(dtype).requires_grad_()
             value = loss(leaf)
             value.backward()
@@ -149,8 +151,8 @@ def test_losses_are_finite_at_the_corners(dtype):
 def test_losses_are_float32_inside_autocast():
     torch.manual_seed(0)
     z, w = torch.randn(8, 4, 128), torch.randn(8, 4, 128)
-    for loss in (lambda: tb.invariant_loss(z), lambda: tb.distinctive_loss(z, w), lambda: tb.temporal_similarity(z).sum(),
-                 lambda: tb.unpooled_distinctive_loss(z, w)):
+    for loss in (lambda: tb.invariant_loss(z), lambda: tb.distinctive_loss(z, w),
+                 lambda: tb.temporal_similarity(z).sum(), lambda: tb.unpooled_distinctive_loss(z, w)):
         with torch.autocast("cpu", torch.bfloat16):
             inside = loss()
         assert inside.dtype == torch.float32 and torch.equal(inside, loss())
@@ -158,8 +160,8 @@ def test_losses_are_float32_inside_autocast():
 
 def test_losses_refuse_wrong_shapes():
     z = torch.randn(3, 4, 8)
-    for wrong in (lambda: tb.invariant_loss(z[0]), lambda: tb.invariant_loss(z[:1]), lambda: tb.invariant_loss(z[:, :1]),
-                  lambda: tb.distinctive_loss(z, z[:2]), lambda: tb.unpooled_distinctive_loss(z, z[:, :2]),
+    for wrong in (lambda: tb.invariant_loss(z[0]), lambda: tb.invariant_loss(z[:1]),
+                  lambda: tb.invariant_loss(z[:, :1]), lambda: tb.distinctive_loss(z, z[:2]), lambda: tb.unpooled_distinctive_loss(z, z[:, :2]),
                   lambda: tb.temporal_similarity(z[0]), lambda: tb.similarity_score(z, z[:2]),
                   lambda: tb.combine_teachers(z[0], z[0], z[0]), lambda: tb.distillation_loss(z[0], z[1, :2]),
                   lambda: tb.distillation_loss(z[0], z[1], "l1")):
@@ -253,7 +255,7 @@ def test_r3d_18_is_torchvision_s_but_for_time_in_layer4():
 
 
 def test_slow_r50_is_pytorchvideo_s():
-    """The expected logits come from pytorchvideo.models.hub.slow_r50 0.1.5 itself, in float64 (its pool made adaptive)."""
+    """The expected logits come from pytorchvideo.models.hub.slow_r50 0.1.5, in float64 (its pool made adaptive)."""
     assert sum(p.numel() for p in tb.build_model("slow_r50", 400).parameters()) == 32_454_096
     model = fill_by_formula(tb.build_model("slow_r50", 5))
     keys = list(model.state_dict())
@@ -320,8 +322,8 @@ def moving_frames(count, height=48, width=64, seed=0):
     return frames
 
 
-def write_video(path, frames, codec="mpeg4", pix_fmt="yuv420p", options=None, pts=None, rotation=0, cover=False, extra=(),
-                before=()):
+def write_video(path, frames, codec="mpeg4", pix_fmt="yuv420p", options=None, pts=None, rotation=0, cover=False,
+                extra=(), before=()):
     """Encode RGB frames. before, extra: more streams, as (codec, frames), in front of the video or behind it."""
     with av.open(str(path), "w", options={"movflags": "+faststart"} if str(path).endswith("mp4") else {}) as container:
         def add(codec, frames):
@@ -427,7 +429,7 @@ def test_decode_frames_in_any_size_and_orientation(tmp_path):
     assert (small.float() - resized.float()).abs().mean() < 4  # scaled, not cropped
 
 
-@pytest.mark.skipif(not hasattr(av.video.stream.VideoStream, "set_display_rotation"), reason="PyAV 17.0 cannot write it")
+@pytest.mark.skipif(not hasattr(av.video.stream.VideoStream, "set_display_rotation"), reason="PyAV 17.0 writes none")
 def test_decode_frames_turns_phone_videos_upright(tmp_path):
     frames = np.zeros((5, 48, 64, 3), np.uint8)
     frames[:, :12, :16] = 255  # top left
@@ -470,7 +472,8 @@ def test_decode_frames_of_damaged_files(tmp_path):
     (tmp_path / "text.avi").write_text("not a video\n" * 100)
     (tmp_path / "headless.mp4").write_bytes(mp4[1000:])
     (tmp_path / "folder.avi").mkdir()
-    write_video(tmp_path / "sound.mp4", moving_frames(1, 32, 32), "mjpeg", "yuvj420p", cover=True, extra=[("aac", None)])
+    write_video(tmp_path / "sound.mp4", moving_frames(1, 32, 32), "mjpeg", "yuvj420p", cover=True,
+                extra=[("aac", None)])
     for name in ("empty.avi", "garbage.mp4", "text.avi", "headless.mp4", "folder.avi", "absent.avi", "sound.mp4"):
         with pytest.raises(tb.DECODE_ERRORS):
             tb.decode_frames(tmp_path / name, [0])
@@ -541,7 +544,7 @@ def toy(tmp_path_factory):
 
 def test_toy_videos_are_real_files_that_depend_on_the_seed_alone(toy, tmp_path):
     train, test = (tb.read_videos("toy", toy, part) for part in (True, False))
-    assert len(train) == 24 and len(test) == 8 and len(train.classes) == 8 and not set(train.names()) & set(test.names())
+    assert len(train) == 24 and len(test) == len(train.classes) == 8 and not set(train.names()) & set(test.names())
     assert np.bincount(train.labels).tolist() == [3] * 8
     tb.render_toy(tmp_path, train=24, test=8)
     for i in range(24):
@@ -550,7 +553,7 @@ def test_toy_videos_are_real_files_that_depend_on_the_seed_alone(toy, tmp_path):
         assert 64 <= len(frames) <= 96 and frames.shape[1:] == (40, 56, 3)
     drawn = tb.toy_clip(0, tb.draw(0, 5))
     tb.write_atomically(tmp_path / "one.avi", lambda file: tb.encode_video(file, drawn))
-    assert np.abs(full_decode(tmp_path / "one.avi") - drawn.astype(float)).mean() < 15  # colour is stored at half the size
+    assert np.abs(full_decode(tmp_path / "one.avi") - drawn.astype(float)).mean() < 15  # colour has half the size
 
 
 def test_toy_rendering_is_finished_after_an_interruption(toy, tmp_path, monkeypatch):
@@ -590,7 +593,8 @@ def test_batches_depend_on_seed_epoch_and_step_alone(toy):
     pools = [tb.Pool(np.arange(5, 24), 4, False), tb.Pool(np.arange(5), 4, True)]
     whole = batches(videos, pools)
     assert len(whole) == 12
-    for others, first in [(batches(videos, pools, workers=2), 0), (batches(videos, pools, epoch=1, step=2, workers=1), 6)]:
+    for others, first in [(batches(videos, pools, workers=2), 0),
+                          (batches(videos, pools, epoch=1, step=2, workers=1), 6)]:
         for a, b in zip(whole[first:], others, strict=True):
             assert a.keys == b.keys and all(torch.equal(x, y) for x, y in zip(a.frames, b.frames, strict=True))
     for batch in whole:  # Eq. 1 would take a second clip of a video for a negative
@@ -627,8 +631,8 @@ def test_augmentation_is_drawn_once_per_clip():
 # The chain of stages, on a tiny toy set
 
 TINY = "--size 16 --frames 8 --epochs 2 --batch 4 --precision fp32 --device cpu --workers 0 --warmup 1".split()
-STAGES = [(pretrain_inv, ["--clips", "2"]), (pretrain_dist, ["--clips", "2"]), (finetune, []), (finetune, ["--init", "none"]),
-          (train_student, [])]
+STAGES = [(pretrain_inv, ["--clips", "2"]), (pretrain_dist, ["--clips", "2"]), (finetune, []),
+          (finetune, ["--init", "none"]), (train_student, [])]
 CHECKPOINTS = ["inv", "dist", "inv_ft", "dist_ft", "labeled_only", "student"]
 
 
@@ -746,15 +750,16 @@ import {module}
 """
 
 
-@pytest.mark.parametrize("stage, name, step", [(0, "inv", 9), (1, "dist", 9), (3, "labeled_only", 3), (4, "student", 6)])
+@pytest.mark.parametrize("stage, name, step", [
+    (0, "inv", 9), (1, "dist", 9), (3, "labeled_only", 3), (4, "student", 6)])
 def test_a_killed_stage_goes_on_to_the_same_weights(stage, name, step, chain, toy, tmp_path):
     for file in chain.glob("*.pt"):
         if CHECKPOINTS.index(file.stem) < CHECKPOINTS.index(name):
             shutil.copy(file, tmp_path)
     module, own = STAGES[stage]
     code = KILLED.format(step=step, module=module.__name__)
-    flags = [*TINY, *own, "--root", toy, "--out", tmp_path]
-    dead = subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=Path(tb.__file__).parent, capture_output=True)
+    dead = subprocess.run([sys.executable, "-c", code, *TINY, *own, "--root", toy, "--out", tmp_path],
+                          cwd=Path(tb.__file__).parent, capture_output=True)
     assert dead.returncode == -signal.SIGKILL and not load(tmp_path, name)["finished"], dead.stderr.decode()[-2000:]
     run_stage(stage, toy, tmp_path, "--workers", "1")
     assert_same_checkpoints(chain, tmp_path, [name])
@@ -815,11 +820,12 @@ def test_two_processes_compute_what_one_does(chain, toy, tmp_path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        environments = [{**os.environ, "MASTER_PORT": str(port), "MASTER_ADDR": "127.0.0.1", **(
-            {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} if processes == 2 else {})}
-            for r in range(processes)]
-        running = [subprocess.Popen([sys.executable, "-c", PROBE, toy, chain, out], env=env, cwd=Path(tb.__file__).parent,
-                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for env in environments]
+        shared = {**os.environ, "MASTER_PORT": str(port), "MASTER_ADDR": "127.0.0.1"}
+        if processes == 2:
+            shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        running = [subprocess.Popen(
+            [sys.executable, "-c", PROBE, toy, chain, out], cwd=Path(tb.__file__).parent, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(processes)]
         for process in running:
             text, _ = process.communicate(timeout=200)
             assert process.returncode == 0, text.decode()[-3000:]
@@ -827,7 +833,8 @@ def test_two_processes_compute_what_one_does(chain, toy, tmp_path):
     one, two = found
     assert one.keys() == two.keys() and len(one) > 90
     for name, value in one.items():
-        assert value.abs().max() > 0 and torch.allclose(value, two[name], rtol=1e-3, atol=1e-5 * float(value.abs().max() + 1)), name
+        scale = float(value.abs().max())
+        assert scale > 0 and torch.allclose(value, two[name], rtol=1e-3, atol=1e-5 * (scale + 1)), name
 
 
 def test_teachers_stay_as_they_are_in_stage_3(chain, toy, tmp_path, monkeypatch):
@@ -877,14 +884,17 @@ def test_learning_rate_in_the_log_is_the_paper_s(toy, tmp_path):
 
 
 @pytest.mark.parametrize("module, flags, word", [
-    (pretrain_inv, "--data ucf102", "--data"), (pretrain_inv, "--arch r3d_19", "--arch"), (pretrain_inv, "--frames x", "--frames"),
-    (pretrain_inv, "--size 8", "--size"), (pretrain_inv, "--batch 1", "--batch"), (pretrain_inv, "--batch 25", "--batch 25"),
+    (pretrain_inv, "--data ucf102", "--data"), (pretrain_inv, "--arch r3d_19", "--arch"),
+    (pretrain_inv, "--frames x", "--frames"), (pretrain_inv, "--size 8", "--size"),
+    (pretrain_inv, "--batch 1", "--batch"), (pretrain_inv, "--batch 25", "--batch 25"),
     (pretrain_inv, "--clips 1", "--clips"), (pretrain_inv, "--lr -1", "--lr"), (pretrain_inv, "--lr nan", "--lr"),
-    (pretrain_inv, "--temperature 0", "--temperature"), (pretrain_inv, "--epochs 0", "--epochs"), (pretrain_inv, "--what", "--what"),
-    (pretrain_inv, "--percent 5", "--percent"), (pretrain_inv, "--data ucf101 --root /nowhere", "/nowhere"),
-    (pretrain_inv, "--data hmdb51 --root /nowhere", "/nowhere"), (pretrain_inv, "--data folder --root /nowhere", "/nowhere"),
-    (pretrain_dist, "--frames 8", "--frames 8"), (pretrain_dist, "--clips 3", "--clips 3"),
-    (finetune, "--percent 0", "--percent"), (finetune, "--percent 101", "--percent"), (finetune, "--init no.pt", "no.pt"),
+    (pretrain_inv, "--temperature 0", "--temperature"), (pretrain_inv, "--epochs 0", "--epochs"),
+    (pretrain_inv, "--what", "--what"), (pretrain_inv, "--percent 5", "--percent"),
+    (pretrain_inv, "--data ucf101 --root /nowhere", "/nowhere"),
+    (pretrain_inv, "--data hmdb51 --root /nowhere", "/nowhere"),
+    (pretrain_inv, "--data folder --root /nowhere", "/nowhere"), (pretrain_dist, "--frames 8", "--frames 8"),
+    (pretrain_dist, "--clips 3", "--clips 3"), (finetune, "--percent 0", "--percent"),
+    (finetune, "--percent 101", "--percent"), (finetune, "--init no.pt", "no.pt"),
     (finetune, "--out OUT/none", "pretrain_inv.py"), (finetune, "--init again.pt", "again.pt"),
     (finetune, "--arch r3d_18", "--arch"), (finetune, "--init OUT/bad/broken.pt", "broken.pt"),
     (finetune, "--labeled-list no.txt", "no.txt"), (finetune, "--percent 5 --labeled-list no.txt", "--labeled-list"),
@@ -893,9 +903,9 @@ def test_learning_rate_in_the_log_is_the_paper_s(toy, tmp_path):
     (train_student, "--teachers inv_ft.pt inv_ft.pt", "--teachers"), (train_student, "--omega -1", "--omega"),
     (train_student, "--teachers OUT/bad/other.pt", "classes"), (train_student, "--teacher-loss l1", "--teacher-loss"),
     (train_student, "--init nothing.pt", "nothing.pt"), (train_student, "--percent 50", "--percent"),
-    (train_student, " ".join(TINY) + " --lr 0.1 --name again", "lr"),
-    (evaluate, "OUT/inv.pt", "inv.pt"), (evaluate, "/nowhere", "/nowhere"), (evaluate, "OUT/empty", "empty"),
-    (evaluate, "OUT --scales 2", "--scales"), (evaluate, "OUT --root /nowhere", "/nowhere"), (evaluate, "OUT/bad/other.pt", "classes"),
+    (train_student, " ".join(TINY) + " --lr 0.1 --name again", "lr"), (evaluate, "OUT/inv.pt", "inv.pt"),
+    (evaluate, "/nowhere", "/nowhere"), (evaluate, "OUT/empty", "empty"), (evaluate, "OUT --scales 2", "--scales"),
+    (evaluate, "OUT --root /nowhere", "/nowhere"), (evaluate, "OUT/bad/other.pt", "classes"),
 ])
 def test_mistakes_cost_one_line(module, flags, word, chain, toy, tmp_path, capsys):
     shutil.copytree(chain, tmp_path, dirs_exist_ok=True)

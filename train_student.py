@@ -19,26 +19,24 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    WEAK, Pool, Run, UserError, VideoStream, augment, autocast, build_model, choose_labeled, combine_teachers, command,
-    distillation_loss, draw, input_dtype, labeled_of_teachers, load_backbone, load_finished, number, print0, random_span,
-    settle_arguments, similarity_score, stage_parser, start, to_device, to_input, training_videos)
+    WEAK, Parser, Pool, Run, UserError, VideoStream, augment, autocast, build_model, choose_labeled, combine_teachers,
+    command, distillation_loss, draw, input_dtype, labeled_of_teachers, load_backbone, load_finished, number, print0,
+    random_span, settle_arguments, similarity_score, start, to_device, to_input, training_videos)
 
 
 @command
 def main(argv=None):
-    parser = stage_parser(__doc__, "student")
-    model, training = parser.groups["model"], parser.groups["training"]
-    model.add_argument("--teachers", nargs="+", default=["inv_ft.pt", "dist_ft.pt"], metavar="CHECKPOINT",
-                       help="one or two: file names in OUT, or paths; none: labels alone (default inv_ft.pt dist_ft.pt)")
-    model.add_argument("--init", default="dist.pt", metavar="CHECKPOINT", help="what the student starts from: a file name "
-                       "in --pretrained, a path, or none for random weights (default dist.pt)")
-    model.add_argument("--pretrained", metavar="DIR", help="folder of stage 1 (default OUT)")
-    training.add_argument("--omega", type=number(float, 0), default=1.0, metavar="X",
-                          help="weight of the unsupervised loss (default 1)")
-    training.add_argument("--teacher-loss", choices=("l2", "kl", "js"), default="l2", help="distillation loss (default l2)")
-    training.add_argument("--reweight", type=weighting, default="tstr", metavar="{tstr,mean,W}", help="weight of the first "
-                          "teacher: each video's similarity score, one half, or a number from 0 to 1 (default tstr)")
-    parser.groups["run"].add_argument("--name", default="student", help="the checkpoint is OUT/NAME.pt (default student)")
+    parser = Parser(__doc__, "student")
+    parser.add("model", "--teachers", "one or two: file names in OUT, or paths; none: labels alone", nargs="+",
+               default=["inv_ft.pt", "dist_ft.pt"], metavar="CHECKPOINT")
+    parser.add("model", "--init", "what the student starts from: a file name in --pretrained, a path, or none for random "
+               "weights", default="dist.pt", metavar="CHECKPOINT")
+    parser.add("model", "--pretrained", "folder of stage 1 (default OUT)", metavar="DIR")
+    parser.add("training", "--omega", "weight of the unsupervised loss", type=number(float, 0), default=1.0, metavar="X")
+    parser.add("training", "--teacher-loss", "distillation loss", choices=("l2", "kl", "js"), default="l2")
+    parser.add("training", "--reweight", "weight of the first teacher: each video's similarity score, one half, or a "
+               "number from 0 to 1", type=weighting, default="tstr", metavar="{tstr,mean,W}")
+    parser.add("run", "--name", "the checkpoint is OUT/NAME.pt", default="student")
     args = parser.parse_args(argv)
     device = start(args)
     if len(set(args.teachers)) != len(args.teachers) or len(args.teachers) > 2:
@@ -65,7 +63,8 @@ def main(argv=None):
     score = to_device(score_videos(args.reweight, saved_teachers, videos), device)  # s of every video
     pools = [Pool(unlabeled, args.batch, cycle=False), Pool(labeled, args.batch, cycle=True)]
     span = functools.partial(random_span, seed=args.seed, frames=args.frames, stride=args.stride)
-    stream = VideoStream(videos, pools if teachers else pools[1:], span, args, device, run, len(unlabeled) // args.batch)
+    steps = len(unlabeled) // args.batch  # an epoch is one pass over the unlabelled videos; the labelled ones cycle
+    stream = VideoStream(videos, pools if teachers else pools[1:], span, args, device, run, steps)
 
     for _ in run.epochs():
         for batch in run.steps(stream):
@@ -118,7 +117,7 @@ def score_videos(reweight, saved_teachers, videos):
     if reweight == "tstr" and len(saved_teachers) == 2:
         for name, saved in saved_teachers.items():
             if "similarity" not in saved:
-                raise UserError(f"{name} does not come from stage 1, TSTR cannot weigh it: --reweight mean, or a number")
+                raise UserError(f"{name} does not come from stage 1, TSTR cannot weigh it: --reweight mean or a number")
         inv, dist = saved_teachers.values()
         row = [{name: i for i, name in enumerate(saved["similarity_of"])} for saved in (inv, dist)]
         both = [i for i in range(len(videos)) if videos.name(i) in row[0] and videos.name(i) in row[1]]
