@@ -35,9 +35,7 @@ from torchvision.models.video.resnet import BasicBlock, Conv3DSimple
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------------------------
-# Losses
-
+# ---- Losses ----------------------------------------------------------------------------------------------------------
 
 def cosine_similarity(a, b):
     """Sim(., .) of Eq. 5 and tau * log h(., .) of Eq. 1-3 for all pairs: (..., n, d), (..., m, d) -> (..., n, m).
@@ -139,9 +137,7 @@ def distillation_loss(p_student, p_teacher, kind="l2"):
     return loss.mean()
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Temporal similarity based teacher reweighting (TSTR, Sec. 3.2)
-
+# ---- Temporal similarity based teacher reweighting (TSTR, Sec. 3.2) --------------------------------------------------
 
 def temporal_similarity(z):
     """C, Eq. 5: (B, n, d) representations of n clips of B videos -> (B, n, n) cosine similarities between the clips."""
@@ -168,9 +164,7 @@ def combine_teachers(p_inv, p_dist, score):
     return score[:, None] * p_inv + (1 - score)[:, None] * p_dist
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Models
-
+# ---- Models ----------------------------------------------------------------------------------------------------------
 
 class R3D(nn.Module):
     """torchvision's r3d_18, key for key and shape for shape, except that layer4 keeps the time axis.
@@ -354,8 +348,7 @@ class Embedder(nn.Module):
         return self.head(torch.cat([pooled.mean(2), unpooled]))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Data: exact frames of real files
+# ---- Data: exact frames of real files --------------------------------------------------------------------------------
 
 SEEKABLE = {"avi", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"}  # formats with an index, where seeking is exact
 DECODE_ERRORS = (av.FFmpegError, OSError, ValueError, IndexError)  # what a damaged file can raise
@@ -458,8 +451,7 @@ def clip_indices(count, frames, stride=1, position=0.5):
     return (start + stride * np.arange(frames)) % count
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Data: the lists of videos, and which of them have labels
+# ---- Data: the lists of videos, and which of them have labels --------------------------------------------------------
 
 SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
 
@@ -648,8 +640,7 @@ def choose_labeled(videos, args):
     return labeled
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Data: the built-in set of toy videos
+# ---- Data: the built-in set of toy videos ----------------------------------------------------------------------------
 
 TOY_PATTERNS = {  # repetitive classes are told by what stays: the pattern of an object, of u, v in [-1, 1] over it
     "Stripes": lambda u, v: np.floor(2 * (u + 1)) % 2 == 0,
@@ -708,21 +699,19 @@ def render_toy(root, train=400, test=200, seed=0):
         if json.loads(done.read_text())["version"] != settings["version"]:
             raise UserError(f"{root} holds toy videos of another version: remove it or choose another --root")
         return
-    classes = [*TOY_PATTERNS, *TOY_MOVES]
-    lists = {"trainlist01": [], "testlist01": []}
+    classes, videos = [*TOY_PATTERNS, *TOY_MOVES], []
     for k in range(train + test):
-        label, number = k % len(classes), k // len(classes)
+        number, label = divmod(k, len(classes))
         name = f"{classes[label]}/v_{classes[label]}_g{number // 4 + 1:02}_c{number % 4 + 1:02}.avi"
-        lists["testlist01" if k < test else "trainlist01"].append((name, label))
-    videos = [video for listed in lists.values() for video in listed]
+        videos.append((name, label))
     for name, label in tqdm(videos, desc=f"rendering toy videos into {root}", disable=None):
         path = root / "UCF-101" / name
         if not path.exists():
             frames = toy_clip(label, draw(seed, int.from_bytes(name.encode())))
             write_atomically(path, lambda file: encode_video(file, frames))
     text = {"classInd": [f"{i + 1} {c}" for i, c in enumerate(classes)],
-            "testlist01": [name for name, _ in lists["testlist01"]],
-            "trainlist01": [f"{name} {label + 1}" for name, label in lists["trainlist01"]]}
+            "testlist01": [name for name, _ in videos[:test]],
+            "trainlist01": [f"{name} {label + 1}" for name, label in videos[test:]]}
     for name, lines in text.items():
         content = "".join(f"{line}\n" for line in lines).encode()
         write_atomically(root / "ucfTrainTestlist" / f"{name}.txt", lambda file: file.write(content))
@@ -739,9 +728,7 @@ def encode_video(file, frames, fps=25):
         container.mux(stream.encode())
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Data: from a video to the clips of a step
-
+# ---- Data: from a video to the clips of a step -----------------------------------------------------------------------
 
 def draw(seed, *key):
     """The random numbers that belong to a key of whole numbers, whoever asks, and whenever: a numpy Generator."""
@@ -796,12 +783,6 @@ class Pool(NamedTuple):
     cycle: bool
 
 
-class Batch(NamedTuple):
-    frames: list  # uint8 (T, H, W, 3) on the device, one for each video
-    videos: list  # their numbers
-    keys: list  # (role, pass, video): what the random draws of this place in the batch depend on, with the seed
-
-
 @functools.lru_cache(maxsize=8)
 def shuffled(seed, role, turn, count):
     return draw(seed, role, turn).permutation(count)
@@ -817,8 +798,10 @@ def step_keys(pools, steps, seed, epoch, step):
 
 
 class VideoStream:
-    """The batches of a training run, from where the run stands: an iterator over Batch, this rank's share of each.
+    """The batches of a training run, from where the run stands: an iterator over this rank's share of each, as lists.
 
+    frames: of each video, uint8 (T, H, W, 3) on the device. numbers: of the videos. keys: (role, pass, video) of each,
+    what the random draws of this place in the batch depend on, with the seed.
     steps: per epoch; by default as many as the first pool fills in one pass.
     Who is in a step, and every draw, is a function of (seed, epoch, step): no state to save, and any number of workers
     gives the same batches. A video that cannot be decoded is named, and another one of its pool takes its place and its
@@ -859,7 +842,7 @@ class VideoStream:
                 videos.append(video)
                 keys.append(key)
         self.epoch, self.step = (self.epoch, self.step + 1) if self.step + 1 < self.steps else (self.epoch + 1, 0)
-        return Batch(frames, videos, keys)
+        return frames, videos, keys
 
     def all_unreadable(self):
         """{video: reason} over all ranks."""
@@ -871,7 +854,7 @@ class VideoStream:
         taken = set() if cycle else {key[2] for key in group}
         spare = [int(i) for i in members if i not in taken]
         order = draw(self.seed, *group[0][:2], self.epoch, self.step, 1).permutation(len(spare))
-        return (spare[k] for k in order[rank()::world_size()] if spare[k] not in self.unreadable)
+        yield from (spare[k] for k in order[rank()::world_size()] if spare[k] not in self.unreadable)
 
     def report(self, video, reason, role):
         if video not in self.unreadable:
@@ -888,46 +871,32 @@ def check_unreadable(unreadable, members, videos):
                         + ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else ""))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Data: augmentation, on the device
+# ---- Data: augmentation, on the device -------------------------------------------------------------------------------
+
+STRONG = dict(area=0.3, jitter=0.4, hue=0.1, p_jitter=0.8, p_grey=0.2)  # stage 1
+WEAK = dict(area=0.5, jitter=0.2, hue=0.05, p_jitter=0.5, p_grey=0.1)  # stages 2 and 3
 
 
-class Augmentation(NamedTuple):
-    """Ranges of the random draws: least area of the crop, jitter of brightness, contrast and saturation, jitter of hue;
-    probabilities of jitter and of greyscale."""
-    area: float
-    jitter: float
-    hue: float
-    p_jitter: float
-    p_grey: float
+def augment(clip, size, rng, area, jitter, hue, p_jitter, p_grey):
+    """One random crop, flip, colour jitter and greyscale for all frames of a clip, drawn from a numpy Generator.
 
-
-STRONG = Augmentation(area=0.3, jitter=0.4, hue=0.1, p_jitter=0.8, p_grey=0.2)  # stage 1
-WEAK = Augmentation(area=0.5, jitter=0.2, hue=0.05, p_jitter=0.5, p_grey=0.1)  # stages 2 and 3
-
-
-def augment(clip, size, ranges, rng):
-    """One random crop, flip, colour jitter and greyscale for all frames of a clip.
-
-    clip: uint8 (T, H, W, 3) on any device -> uint8 (T, 3, size, size). The draws come from the numpy Generator rng.
+    clip: uint8 (T, H, W, 3) on any device -> uint8 (T, 3, size, size). area: least share of the frame that the crop
+    keeps. jitter, hue: largest change of brightness, contrast and saturation, and of hue. p_jitter, p_grey: how often.
     """
     clip = clip.permute(0, 3, 1, 2)
     height, width = clip.shape[2:]
-    area, ratio = rng.uniform(ranges.area, 1) * height * width, math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
+    area, ratio = rng.uniform(area, 1) * height * width, math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
     h, w = min(height, round(math.sqrt(area / ratio))), min(width, round(math.sqrt(area * ratio)))
     top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
     clip = TF.resized_crop(clip, int(top), int(left), h, w, [size, size], antialias=True)
     if rng.random() < 0.5:
         clip = TF.horizontal_flip(clip)
-    if rng.random() < ranges.p_jitter:
-        brightness, contrast, saturation = rng.uniform(1 - ranges.jitter, 1 + ranges.jitter, 3)
-        hue = rng.uniform(-ranges.hue, ranges.hue)
-        changes = [(TF.adjust_brightness, brightness), (TF.adjust_contrast, contrast),
-                   (TF.adjust_saturation, saturation), (TF.adjust_hue, hue)]
+    if rng.random() < p_jitter:
+        changes = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
+        amounts = [*rng.uniform(1 - jitter, 1 + jitter, 3), rng.uniform(-hue, hue)]
         for k in rng.permutation(4):
-            change, amount = changes[k]
-            clip = change(clip, float(amount))
-    if rng.random() < ranges.p_grey:
+            clip = changes[k](clip, float(amounts[k]))
+    if rng.random() < p_grey:
         clip = TF.rgb_to_grayscale(clip, num_output_channels=3)
     return clip
 
@@ -939,15 +908,13 @@ def centre_crop(clip, size, scale=1.0):
     return TF.resize(TF.center_crop(clip, [side, side]), [size, size], antialias=True)
 
 
-def to_input(clips, model, dtype=torch.float32):
+def to_input(clips, model):
     """N clips, each uint8 (T, 3, H, W) -> (N, 3, T, H, W), channels_last_3d, normalised by model.mean and model.std."""
-    clips = [clip.permute(0, 2, 3, 1).float().div_(255).sub_(model.mean).div_(model.std).to(dtype) for clip in clips]
+    clips = [clip.permute(0, 2, 3, 1).float().div_(255).sub_(model.mean).div_(model.std) for clip in clips]
     return torch.stack(clips).permute(0, 4, 1, 2, 3)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Distributed: each of these works without torchrun, too
-
+# ---- Distributed: each of these works without torchrun, too ----------------------------------------------------------
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -978,11 +945,6 @@ def all_gather(z):
     return torch.cat(dist.nn.functional.all_gather(z)) if world_size() > 1 else z
 
 
-def to_device(values, device):
-    """An array or list of numbers -> a tensor on the device, without waiting for it."""
-    return torch.as_tensor(values).to(device, non_blocking=True)
-
-
 def gather_objects(value):
     """Every rank's value, in a list, on every rank."""
     values = [value] * world_size()
@@ -999,9 +961,7 @@ def broadcast(value):
     return box[0]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Optimisation and logging
-
+# ---- Optimisation and logging ----------------------------------------------------------------------------------------
 
 class Interrupted(Exception):
     """SIGINT or SIGTERM: `command` ends with exit status 1 and says that the same command goes on."""
@@ -1046,10 +1006,6 @@ def autocast(args, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def input_dtype(args):
-    return torch.bfloat16 if args.precision == "bf16" else torch.float32
-
-
 def checkpoint_stages(backbone):
     """Recompute each residual stage in the backward pass: memory for one stage's inside instead of all."""
     @contextlib.contextmanager
@@ -1083,7 +1039,8 @@ class Run:
     def __init__(self, args, stage, name, net, parts, videos, device, labeled=None):
         self.args, self.name, self.parts, self.device, self.carried = args, name, parts, device, {}
         self.facts = {"stage": stage, "arch": args.arch, "classes": videos.classes,
-                      "video_set": set_digest(videos.names()), "labeled": None if labeled is None else [videos.name(i) for i in labeled]}
+                      "video_set": set_digest(videos.names()),
+                      "labeled": None if labeled is None else [videos.name(i) for i in labeled]}
         self.path, self.log_path = Path(args.out) / f"{name}.pt", Path(args.out) / f"{name}.log"
         self.epoch, self.step, self.sums, self.finished = 0, 0, {}, False
         self.pending, self.stopping = None, False
@@ -1146,8 +1103,9 @@ class Run:
             if self.epoch >= self.args.warmup:
                 self.plateau.step(means["loss"])
             self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+            unreadable = [self.stream.videos.name(i) for i in self.stream.all_unreadable()]
             line = {"epoch": self.epoch, **means, "lr": lr, "seconds": seconds, "clips_per_s": self.clips / seconds,
-                    "waiting_share": self.waiting / seconds, "unreadable": len(self.stream.all_unreadable())}
+                    "waiting_share": self.waiting / seconds, "unreadable": len(unreadable)}
             if self.device.type == "cuda":
                 line["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
             line = {key: round(value, 6) if isinstance(value, float) else value for key, value in line.items()}
@@ -1155,6 +1113,8 @@ class Run:
                 with open(self.log_path, "a") as file:
                     file.write(json.dumps(line) + "\n")
             print0(f"{self.name}:", ", ".join(f"{key} {value:.4g}" for key, value in line.items()))
+            if unreadable:
+                print0("cannot be decoded:", ", ".join(unreadable))
             self.save()
         Signals.deferring = False
 
@@ -1193,7 +1153,7 @@ class Run:
             ready = torch.cuda.Event()
             ready.record()
         self.clips += clips * world_size()
-        self.pending = (list(terms), values, ready, self.step, self.batch.videos)
+        self.pending = (list(terms), values, ready, self.step, self.batch[1])
 
     def settle(self):
         """Take in the numbers of the step that was recorded last; TrainingError if they are not finite."""
@@ -1232,16 +1192,12 @@ class Run:
 
 def git_commit():
     """The commit of this code, where it lies in a git repository."""
-    call = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    folder = os.path.dirname(os.path.abspath(__file__))
+    with contextlib.suppress(OSError):
+        return subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
 def write_atomically(path, write):
     """Call write(file) on a new file that then takes the place of `path`, whole and on disk."""
@@ -1261,14 +1217,15 @@ def write_atomically(path, write):
     os.close(folder)
 
 
-def read_checkpoint(path, hint=""):
+def read_checkpoint(path):
     """What torch.save has written to a file: a dict, tensors on the CPU, the same on every rank. No code of it runs."""
     saved = error = None
     if rank() == 0:
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
-            error = f"{path}: no such checkpoint{hint}"
+            error = (f"{path}: no such checkpoint (inv.pt comes from pretrain_inv.py, dist.pt from pretrain_dist.py, "
+                     "inv_ft.pt and dist_ft.pt from finetune.py)")
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
             error = f"{path}: damaged, or no file of tensors: {str(e).strip().splitlines()[0][:120]}"
         if error is None and not isinstance(saved, dict):
@@ -1277,10 +1234,6 @@ def read_checkpoint(path, hint=""):
     if error:
         raise UserError(error)
     return saved
-
-
-WRITERS = {"inv.pt": "pretrain_inv.py", "dist.pt": "pretrain_dist.py",
-           "inv_ft.pt": "finetune.py", "dist_ft.pt": "finetune.py"}
 
 
 def load_finished(names, folder, stages):
@@ -1294,14 +1247,12 @@ def load_finished(names, folder, stages):
         path = name if os.path.dirname(name) else os.path.join(folder, name)
         if name == "none":
             continue
-        saved = read_checkpoint(path, f", run {WRITERS[name]} first" if name in WRITERS else "")
+        saved = read_checkpoint(path)
         stage = saved.get("stage")
         if stage not in stages:
-            raise UserError(f"{path}: written by {stage or 'another program'}, but needed is one of "
-                            + ", ".join(filter(None, stages)))
+            raise UserError(f"{path}: by {stage or 'another program'}, not by {' or '.join(filter(None, stages))}")
         if stage and not saved["finished"]:
-            raise UserError(f"{path}: unfinished ({saved['epoch']} of {saved['args']['epochs']} epochs), go on with "
-                            "its stage first")
+            raise UserError(f"{path}: unfinished at epoch {saved['epoch']}, run its stage first")
         contents[name] = {key: value for key, value in saved.items() if key != "optimizer"}
     return contents
 
@@ -1319,16 +1270,14 @@ def load_backbone(model, path, saved):
     fitting = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
     unfit = [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]
     if unfit:
-        raise UserError(f"{path}: {len(fitting)} of {len(own)} tensors fit, {unfit[0]} does not: another arch's weights?")
+        raise UserError(f"{path}: {len(fitting)} of {len(own)} tensors fit, {unfit[0]} does not: another arch?")
     if tclr:
         fitting["stem.0.weight"] = fitting["stem.0.weight"].flip(1)
     model.load_state_dict(fitting, strict=False)
     print0(f"took {len(fitting)} tensors of {path}, left {len(weights) - len(fitting)}")
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Evaluation: temporal similarity after stage 1, class probabilities
-
+# ---- Evaluation: temporal similarity after stage 1, class probabilities ----------------------------------------------
 
 @torch.no_grad()
 def map_videos(function, videos, indices, size, args, device, title):
@@ -1365,7 +1314,7 @@ def measure_similarity(embedder, videos, args, device):
     def similarity(frames):
         clips = [centre_crop(clip, args.size) for video in frames for clip in video.split(args.frames)]
         with autocast(args, device):
-            z = embedder(to_input(clips, embedder.backbone, input_dtype(args)))
+            z = embedder(to_input(clips, embedder.backbone))
         return temporal_similarity(z.unflatten(0, (-1, args.clips)))
 
     embedder.eval()
@@ -1384,7 +1333,7 @@ def class_probabilities(model, videos, clips, scales, args, device, title):
         crops = [centre_crop(clip, args.size, scale)
                  for video in frames for clip in video.split(args.frames) for scale in scales]
         with autocast(args, device):
-            logits = model(to_input(crops, model, input_dtype(args)))
+            logits = model(to_input(crops, model))
         return logits.float().softmax(1).unflatten(0, (len(frames), -1)).mean(1)
 
     model.eval()
@@ -1392,8 +1341,7 @@ def class_probabilities(model, videos, clips, scales, args, device, title):
     return map_videos(probabilities, videos, spaced, 4, args, device, title)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Arguments
+# ---- Arguments -------------------------------------------------------------------------------------------------------
 
 DATA_SETS = "toy", "ucf101", "hmdb51", "kinetics400", "folder"
 
@@ -1407,26 +1355,23 @@ def defaults(data, stage):
     settings = {"data": data, "root": f"data/{data}", "split": 1, "pool": "train", "arch": "slow_r50", "size": 224,
                 "clips": 4, "frames": 16 if ssl else 8, "stride": 1 if ssl else 2, "batch": 40 if ssl else 16,
                 "epochs": 150 if not ssl else 100 if data == "kinetics400" else 250, "warmup": 10, "patience": 5,
-                "percent": {"ucf101": 5, "hmdb51": 40, "toy": 5}.get(data, 10), "subset_seed": 0}
+                "lr": 1e-3, "percent": {"ucf101": 5, "hmdb51": 40, "toy": 5}.get(data, 10), "subset_seed": 0}
     if data == "toy":
         settings |= {"arch": "r3d_tiny", "size": 32, "warmup": 2, "batch": 20 if ssl else 16,
                      "epochs": {"pretrain": 12, "finetune": 100, "student": 30}[stage],
-                     "patience": {"pretrain": 5, "finetune": 25, "student": 15}[stage]}
+                     "patience": {"pretrain": 5, "finetune": 25, "student": 15}[stage],
+                     "lr": 3e-4 if stage == "finetune" else 1e-3}
     return settings
 
 
 def number(kind, least, most=math.inf):
     """An argparse type: an int or a float, from `least` to `most`."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most or math.isinf(value):
-            raise argparse.ArgumentTypeError(
-                f"{text} is not {'a whole number' if kind is int else 'a number'} "
-                + (f"from {least} to {most}" if most < math.inf else f"of at least {least}"))
-        return value
+        with contextlib.suppress(ValueError):
+            if least <= (value := kind(text)) <= most and value < math.inf:
+                return value
+        kinds = {int: "a whole number", float: "a number"}
+        raise argparse.ArgumentTypeError(f"{text} is not {kinds[kind]} from {least} to {most}")
     return parse
 
 
@@ -1444,8 +1389,8 @@ class Parser(argparse.ArgumentParser):
             add("data", "--data", "data set; toy is rendered where it is missing (default toy)", choices=DATA_SETS)
             add("data", "--root", "its folder (default data/<data>)", metavar="DIR")
             add("data", "--split", "official split of ucf101 and hmdb51", type=int, choices=(1, 2, 3))
-            add("data", "--pool", "training videos of hmdb51: the split's 3,570, or all that are not test videos, as the "
-                "label lists of earlier papers assume", choices=("train", "all"))
+            add("data", "--pool", "training videos of hmdb51: the split's 3,570, or all that are not test videos, as "
+                "the label lists of earlier papers assume", choices=("train", "all"))
             if stage != "pretrain":
                 add("data", "--percent", "percent of each class's training videos that keep their label", metavar="P",
                     type=number(float, 0.001, 100))
@@ -1459,20 +1404,17 @@ class Parser(argparse.ArgumentParser):
             add("model", "--arch", "network", choices=ARCHS)
             add("training", "--epochs", "passes over the videos", type=count(1), metavar="N")
             add("training", "--batch", "videos per step, over all processes", type=count(1), metavar="VIDEOS")
-            add("training", "--lr", "Adam's learning rate", type=number(float, 0), default=1e-3, metavar="X")
+            add("training", "--lr", "Adam's learning rate", type=number(float, 0), metavar="X")
             add("training", "--warmup", "epochs in which it rises linearly", type=count(0), metavar="EPOCHS")
-            add("training", "--patience", "epochs without a lower loss after which it halves", type=count(0),
-                metavar="EPOCHS")
+            add("training", "--patience", "epochs without a lower loss before it halves", type=count(0), metavar="N")
             add("run", "--out", "folder of checkpoints and logs (default runs/<data>)", metavar="DIR")
             add("run", "--seed", "of weights, order and augmentation", type=count(0), default=0, metavar="N")
             add("run", "--checkpointing", "recompute activations: less memory, a third more time", action="store_true")
             add("run", "--compile", "torch.compile: slow to start, then faster on GPUs", action="store_true")
             add("run", "--restart", "begin again, even where there is a checkpoint", action="store_true")
-        add("run", "--workers", "decoding processes of each process (default: its share of the cores, up to 16)",
-            type=count(0), metavar="N")
+        add("run", "--workers", "decoding processes (default: its share of the cores)", type=count(0), metavar="N")
         add("run", "--device", "default: cuda where there is a GPU", choices=("cpu", "cuda"))
-        add("run", "--precision", "bf16 autocast or float32 (default: bf16 where the GPU or CPU computes in it)",
-            choices=("bf16", "fp32"))
+        add("run", "--precision", "default: bf16 autocast where the hardware has it", choices=("bf16", "fp32"))
 
     def add(self, group, flag, text, **settings):
         if group not in self.groups:

@@ -7,10 +7,12 @@ Markdown and writes results.json beside the checkpoints; several folders (say, o
     python evaluate.py runs/ucf101/student.pt
     torchrun --nproc-per-node 4 evaluate.py runs/ucf101               # the videos are shared among the processes
     python evaluate.py runs/toy-0 runs/toy-1 runs/toy-2
+    python evaluate.py --videos holiday.mp4 clips/ --checkpoint runs/ucf101/student.pt    # any videos' top five classes
 """
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 
 from common import (
-    Parser, UserError, build_model, class_probabilities, command, number, print0, rank,
+    Parser, UserError, Videos, build_model, class_probabilities, command, list_videos, number, print0, rank,
     read_checkpoint, read_videos, start, write_atomically)
 
 
@@ -31,8 +33,16 @@ def main(argv=None):
     parser.add("clips", "--scales", "centre crops, as shares of the short side", type=number(float, 0.01, 1), nargs="+",
                default=[1.0, 0.8, 0.7], metavar="X")
     parser.add("data", "--root", "folder of the data set (default: as in training)", metavar="DIR")
+    parser.add("prediction", "--videos", "name the classes of these videos, files or folders, instead", nargs="+",
+               metavar="FILE_OR_DIR")
+    parser.add("prediction", "--checkpoint", "by this classifier; writes predictions.json beside it", type=Path,
+               metavar="FILE")
     args = parser.parse_args(argv)
+    if bool(args.videos) != bool(args.checkpoint):
+        raise UserError("--videos and --checkpoint go together")
     device = start(args)
+    if args.videos:
+        return predict(args, device)
 
     tables = {}
     for folder, files in find_classifiers(args.paths).items():
@@ -40,7 +50,9 @@ def main(argv=None):
         if rank() == 0:
             content = json.dumps(tables[folder], indent=1).encode()
             write_atomically(folder / "results.json", lambda file: file.write(content))
-        rows = [[r["checkpoint"], r["labeled_count"]] + [f"{r[key]:.1f}" for key in METRICS] for r in tables[folder]]
+        rows = [[r["checkpoint"] + ("" if saved["finished"] else f" (unfinished, epoch {r['epochs']})"),
+                 r["labeled_count"], *(f"{r[key]:.1f}" for key in METRICS)]
+                for r, (_, saved) in zip(tables[folder], files)]
         print_table([f"{folder}", "labels", *METRICS.values()], rows)
     if len(tables) > 1:
         names = dict.fromkeys(r["checkpoint"] for results in tables.values() for r in results)
@@ -75,15 +87,11 @@ def find_classifiers(paths):
 
 def evaluate(file, saved, args, device):
     """Evaluate one classifier -> its entry of results.json, accuracies in per cent."""
-    begin = time.perf_counter()
-    settings = argparse.Namespace(**{**saved["args"], "workers": args.workers, "precision": args.precision})
+    begin, settings = time.perf_counter(), argparse.Namespace(**saved["args"])
     videos = read_videos(settings.data, args.root or settings.root, False, settings.split)
     if videos.classes != saved["classes"]:
         raise UserError(f"{file}: made for other classes than those of {videos.folder}")
-    model = build_model(saved["arch"], len(videos.classes))
-    model.load_state_dict(saved["model"])
-    model.to(device, memory_format=torch.channels_last_3d)
-    rows, unreadable = class_probabilities(model, videos, args.clips, args.scales, settings, device, file.name)
+    rows, unreadable = classify(videos, file, saved, args, device)
     if unreadable:
         print0(f"{len(unreadable)} test videos cannot be decoded and count as wrong")
     hits = np.zeros((len(videos), 2), bool)  # top-1, top-5
@@ -99,6 +107,37 @@ def evaluate(file, saved, args, device):
             "mean_class_accuracy": float(np.mean(list(per_class.values()))), "videos": len(videos),
             "unreadable": len(unreadable), "clips": args.clips, "scales": args.scales,
             "seconds": round(time.perf_counter() - begin, 1), "per_class": per_class}
+
+
+def classify(videos, file, saved, args, device):
+    """Class probabilities by a checkpoint's content, as class_probabilities gives them."""
+    model = build_model(saved["arch"], len(saved["classes"]))
+    model.load_state_dict(saved["model"])
+    model.to(device, memory_format=torch.channels_last_3d)
+    settings = argparse.Namespace(**{**saved["args"], "workers": args.workers, "precision": args.precision})
+    return class_probabilities(model, videos, args.clips, args.scales, settings, device, file.name)
+
+
+def predict(args, device):
+    """Print the five most probable classes of each of --videos, and write them beside the checkpoint."""
+    (_, ((file, saved),)), = find_classifiers([args.checkpoint]).items()
+    names = []
+    for path in args.videos:
+        found = [os.path.join(top, name) for top, _, _ in os.walk(path) for name in list_videos(top)]
+        if not (found or os.path.isfile(path)):
+            raise UserError(f"{path}: no video here")
+        names += sorted(found) or [path]
+    videos = Videos("", names, [-1] * len(names), saved["classes"])
+    rows, unreadable = classify(videos, file, saved, args, device)
+    predictions = []
+    for i, name in enumerate(names):
+        best = rows[i].topk(min(5, len(saved["classes"]))) if i in rows else None
+        top = {saved["classes"][c]: round(p, 4) for p, c in zip(*map(torch.Tensor.tolist, best))} if best else {}
+        predictions.append({"video": name, "top5": top, "error": unreadable.get(i)})
+        print0(f"{name}:", ", ".join(f"{c} {100 * p:.1f} %" for c, p in top.items()) or "cannot be decoded")
+    if rank() == 0:
+        content = json.dumps(predictions, indent=1, ensure_ascii=False).encode(errors="surrogateescape")
+        write_atomically(file.with_name("predictions.json"), lambda file: file.write(content))
 
 
 def print_table(header, rows):

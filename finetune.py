@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    WEAK, Parser, Pool, Run, VideoStream, augment, autocast, build_model, choose_labeled, command, draw, input_dtype,
-    load_backbone, load_finished, random_span, settle_arguments, start, to_device, to_input, training_videos)
+    WEAK, Parser, Pool, Run, VideoStream, augment, autocast, build_model, choose_labeled, command, draw, load_backbone,
+    load_finished, random_span, settle_arguments, start, to_input, training_videos)
 
 
 @command
 def main(argv=None):
     parser = Parser(__doc__, "finetune")
-    parser.add("model", "--init", "what to fine-tune, one after the other: file names in --pretrained, paths, or none for "
-               "random weights", nargs="+", default=["inv.pt", "dist.pt"], metavar="CHECKPOINT")
+    parser.add("model", "--init", "what to fine-tune, one after the other: file names in --pretrained, paths, or none "
+               "for random weights", nargs="+", default=["inv.pt", "dist.pt"], metavar="CHECKPOINT")
     parser.add("model", "--pretrained", "folder of stage 1 (default OUT)", metavar="DIR")
     args = parser.parse_args(argv)
     device = start(args)
@@ -53,12 +53,11 @@ def finetune(args, saved, videos, labeled, device):
     stream = VideoStream(videos, [Pool(labeled, args.batch, cycle=True)], span, args, device, run)
 
     for _ in run.epochs():
-        for batch in run.steps(stream):
-            clips = [augment(video, args.size, WEAK, draw(args.seed, *key, 0))
-                     for video, key in zip(batch.frames, batch.keys)]
-            y = to_device(videos.labels[batch.videos], device)
+        for frames, numbers, keys in run.steps(stream):
+            clips = [augment(video, args.size, draw(args.seed, *key, 0), **WEAK) for video, key in zip(frames, keys)]
+            y = torch.as_tensor(videos.labels[numbers]).to(device, non_blocking=True)
             with autocast(args, device):
-                logits = run.net(to_input(clips, model, input_dtype(args)))  # (b, classes)
+                logits = run.net(to_input(clips, model))  # (b, classes)
             loss = F.cross_entropy(logits.float(), y)  # L_sup, Eq. 4
             run.optimizer.zero_grad()
             loss.backward()

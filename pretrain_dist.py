@@ -7,8 +7,6 @@ no label. Writes OUT/dist.pt, as stage 1a does. The student of stage 3 starts fr
     python pretrain_dist.py --data ucf101                         # one GPU
     torchrun --nproc-per-node 4 pretrain_dist.py --data ucf101    # four GPUs
     python pretrain_dist.py --invariant-weight 1                  # L_D + L_I: the paper's student start, OUT/both.pt
-
-It prints a line for each epoch, with both terms of L_D.
 """
 
 import functools
@@ -18,8 +16,8 @@ import torch
 
 from common import (
     STRONG, Embedder, Parser, Pool, Run, UserError, VideoStream, all_gather, augment, autocast, build_model, command,
-    distinctive_loss, draw, feature_frames, input_dtype, invariant_loss, measure_similarity, number, random_span,
-    settle_arguments, start, to_input, training_videos, unpooled_distinctive_loss)
+    distinctive_loss, draw, feature_frames, invariant_loss, measure_similarity, number, random_span, settle_arguments,
+    start, to_input, training_videos, unpooled_distinctive_loss)
 
 
 @command
@@ -51,15 +49,15 @@ def main(argv=None):
     stream = VideoStream(videos, [Pool(np.arange(len(videos)), args.batch, cycle=False)], span, args, device, run)
 
     for _ in run.epochs():
-        for batch in run.steps(stream):
+        for frames, _, keys in run.steps(stream):
             # Of each video twice, differently augmented: its n clips, and the long clip, which spans them in as many
             # frames as one of them has. First all clips of the first augmentation, then those of the second, ...
-            short = [augment(clip, args.size, STRONG, draw(args.seed, *key, view * (n + 1) + t)) for view in (0, 1)
-                     for video, key in zip(batch.frames, batch.keys) for t, clip in enumerate(video.split(args.frames))]
-            long = [augment(video[::n], args.size, STRONG, draw(args.seed, *key, view * (n + 1) + n)) for view in (0, 1)
-                    for video, key in zip(batch.frames, batch.keys)]
+            short = [augment(clip, args.size, draw(args.seed, *key, view * (n + 1) + t), **STRONG) for view in (0, 1)
+                     for video, key in zip(frames, keys) for t, clip in enumerate(video.split(args.frames))]
+            long = [augment(video[::n], args.size, draw(args.seed, *key, view * (n + 1) + n), **STRONG)
+                    for view in (0, 1) for video, key in zip(frames, keys)]
             with autocast(args, device):
-                x = to_input(short + long, embedder.backbone, input_dtype(args))
+                x = to_input(short + long, embedder.backbone)
                 z = run.net(x, num_long=len(long), slices=n)
             z, z_aug, g, g_aug = z.unflatten(0, (4, -1, n))  # (b, n, 128) each: clips, and slices of the long clip
             l_d1 = distinctive_loss(z, z_aug, args.temperature)  # Eq. 3

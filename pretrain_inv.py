@@ -7,7 +7,7 @@ OUT/inv.pt: backbone, projection head, and each video's temporal similarity matr
     python pretrain_inv.py --data ucf101                         # one GPU
     torchrun --nproc-per-node 4 pretrain_inv.py --data ucf101    # four GPUs, the same batch of 40 videos in all
 
-It prints a line for each epoch; the loss falls from about log(2 * batch) towards 1 and less.
+The loss falls from about log(2 * batch) towards 1 and less.
 """
 
 import functools
@@ -17,8 +17,7 @@ import torch
 
 from common import (
     STRONG, Embedder, Parser, Pool, Run, UserError, VideoStream, all_gather, augment, autocast, build_model, command,
-    draw, input_dtype, invariant_loss, measure_similarity, number, random_span, settle_arguments, start, to_input,
-    training_videos)
+    draw, invariant_loss, measure_similarity, number, random_span, settle_arguments, start, to_input, training_videos)
 
 
 @command
@@ -45,11 +44,11 @@ def main(argv=None):
     stream = VideoStream(videos, [Pool(np.arange(len(videos)), args.batch, cycle=False)], span, args, device, run)
 
     for _ in run.epochs():
-        for batch in run.steps(stream):
-            clips = [augment(clip, args.size, STRONG, draw(args.seed, *key, t))
-                     for video, key in zip(batch.frames, batch.keys) for t, clip in enumerate(video.split(args.frames))]
+        for frames, _, keys in run.steps(stream):
+            clips = [augment(clip, args.size, draw(args.seed, *key, t), **STRONG)
+                     for video, key in zip(frames, keys) for t, clip in enumerate(video.split(args.frames))]
             with autocast(args, device):
-                z = run.net(to_input(clips, embedder.backbone, input_dtype(args)))  # (own videos * n, 128)
+                z = run.net(to_input(clips, embedder.backbone))  # (own videos * n, 128)
             z = all_gather(z.unflatten(0, (-1, n)))  # (B, n, 128): the other processes' videos are negatives, too
             loss = invariant_loss(z, args.temperature)  # Eq. 1
             run.optimizer.zero_grad()

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -33,9 +34,7 @@ import pretrain_dist
 import pretrain_inv
 import train_student
 
-# ------------------------------------------------------------------------------------------------------------------
-# Losses and TSTR, against loops transcribed from the paper
-
+# ---- Losses and TSTR, against loops transcribed from the paper -------------------------------------------------------
 
 def h(u1, u2, tau):
     return math.exp(float(u1 @ u2) / (float(u1.norm()) * float(u2.norm()) * tau))
@@ -161,7 +160,8 @@ def test_losses_are_float32_inside_autocast():
 def test_losses_refuse_wrong_shapes():
     z = torch.randn(3, 4, 8)
     for wrong in (lambda: tb.invariant_loss(z[0]), lambda: tb.invariant_loss(z[:1]),
-                  lambda: tb.invariant_loss(z[:, :1]), lambda: tb.distinctive_loss(z, z[:2]), lambda: tb.unpooled_distinctive_loss(z, z[:, :2]),
+                  lambda: tb.invariant_loss(z[:, :1]), lambda: tb.distinctive_loss(z, z[:2]),
+                  lambda: tb.unpooled_distinctive_loss(z, z[:, :2]),
                   lambda: tb.temporal_similarity(z[0]), lambda: tb.similarity_score(z, z[:2]),
                   lambda: tb.combine_teachers(z[0], z[0], z[0]), lambda: tb.distillation_loss(z[0], z[1, :2]),
                   lambda: tb.distillation_loss(z[0], z[1], "l1")):
@@ -211,9 +211,7 @@ def test_distillation_losses():
     assert tb.distillation_loss(p, q, "kl").item() == pytest.approx(float(F.kl_div(p.log(), q, reduction="batchmean")))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Models
-
+# ---- Models ----------------------------------------------------------------------------------------------------------
 
 def fill_by_formula(model):
     """Weights and statistics that anyone can compute, in eval mode."""
@@ -307,9 +305,7 @@ def test_projection_head_and_embedder():
     assert not [n for n, p in embedder.backbone.named_parameters() if n.startswith("fc.") == p.requires_grad]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The decoder, on files of many kinds
-
+# ---- The decoder, on files of many kinds -----------------------------------------------------------------------------
 
 def moving_frames(count, height=48, width=64, seed=0):
     """Frames of which no two are alike: a gradient that moves, and a number in binary."""
@@ -501,9 +497,7 @@ def real_data():
     return Path(os.environ["TIMEBALANCE_TEST_DATA"])
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Which frames, which videos, which draws
-
+# ---- Which frames, which videos, which draws -------------------------------------------------------------------------
 
 def test_clip_indices():
     assert tb.clip_indices(100, 4, 2, 0).tolist() == [0, 2, 4, 6]
@@ -596,17 +590,17 @@ def test_batches_depend_on_seed_epoch_and_step_alone(toy):
     for others, first in [(batches(videos, pools, workers=2), 0),
                           (batches(videos, pools, epoch=1, step=2, workers=1), 6)]:
         for a, b in zip(whole[first:], others, strict=True):
-            assert a.keys == b.keys and all(torch.equal(x, y) for x, y in zip(a.frames, b.frames, strict=True))
-    for batch in whole:  # Eq. 1 would take a second clip of a video for a negative
-        assert len(set(batch.videos[:4])) == 4 and min(batch.videos[:4]) >= 5 > max(batch.videos[4:])
+            assert a[1:] == b[1:] and all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True))
+    for _, numbers, _ in whole:  # Eq. 1 would take a second clip of a video for a negative
+        assert len(set(numbers[:4])) == 4 and min(numbers[:4]) >= 5 > max(numbers[4:])
     for epoch in range(3):
-        passed = [v for batch in whole[4 * epoch:4 * epoch + 4] for v in batch.videos[:4]]
+        passed = [v for batch in whole[4 * epoch:4 * epoch + 4] for v in batch[1][:4]]
         assert len(set(passed)) == 16
-    cycled = [v for batch in whole for v in batch.videos[4:]]
+    cycled = [v for batch in whole for v in batch[1][4:]]
     assert all(sorted(cycled[i:i + 5]) == list(range(5)) for i in range(0, 45, 5))  # pass after pass
-    keys = [key for batch in whole for key in batch.keys]
+    keys = [key for batch in whole for key in batch[2]]
     assert len(set(keys)) == len(keys)  # so no two clips share their draws
-    assert batches(videos, pools, seed=1)[0].videos != whole[0].videos
+    assert batches(videos, pools, seed=1)[0][1] != whole[0][1]
 
 
 def test_augmentation_is_drawn_once_per_clip():
@@ -614,9 +608,9 @@ def test_augmentation_is_drawn_once_per_clip():
     still = torch.randint(256, (1, 40, 56, 3), dtype=torch.uint8).expand(6, -1, -1, -1)
     seen = []
     for k in range(20):
-        clip = tb.augment(still, 24, tb.STRONG, tb.draw(0, k))
+        clip = tb.augment(still, 24, tb.draw(0, k), **tb.STRONG)
         assert clip.shape == (6, 3, 24, 24) and clip.dtype == torch.uint8 and (clip == clip[:1]).all()
-        assert torch.equal(clip, tb.augment(still, 24, tb.STRONG, tb.draw(0, k)))
+        assert torch.equal(clip, tb.augment(still, 24, tb.draw(0, k), **tb.STRONG))
         seen.append(clip)
     assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
     crop = tb.centre_crop(still, 20, 0.5)
@@ -627,8 +621,7 @@ def test_augmentation_is_drawn_once_per_clip():
     assert x.is_contiguous(memory_format=torch.channels_last_3d) and torch.allclose(x[1], expected, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The chain of stages, on a tiny toy set
+# ---- The chain of stages, on a tiny toy set --------------------------------------------------------------------------
 
 TINY = "--size 16 --frames 8 --epochs 2 --batch 4 --precision fp32 --device cpu --workers 0 --warmup 1".split()
 STAGES = [(pretrain_inv, ["--clips", "2"]), (pretrain_dist, ["--clips", "2"]), (finetune, []),
@@ -879,9 +872,230 @@ def test_learning_rate_in_the_log_is_the_paper_s(toy, tmp_path):
     assert log[-1]["lr"] < 0.02  # the schedule did something
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Mistakes of the user's: one line, exit status 2
+# ---- The public data sets, as their archives and lists unpack --------------------------------------------------------
 
+def stand_in(folder, names):
+    """Empty files under the names of a data set's videos."""
+    for top in {os.path.dirname(name) for name in names}:
+        (folder / top).mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+
+
+@pytest.fixture(scope="session")
+def ucf101(real_data, tmp_path_factory):
+    root = tmp_path_factory.mktemp("ucf101")
+    shutil.copytree(real_data / "splits/ucfTrainTestlist", root / "ucfTrainTestlist")
+    stand_in(root / "UCF-101", {line.split()[0] for file in root.glob("ucfTrainTestlist/*list0*.txt")
+                                for line in file.read_text().splitlines() if line.strip()})
+    return root
+
+
+@pytest.fixture(scope="session")
+def hmdb51(real_data, tmp_path_factory):
+    root = tmp_path_factory.mktemp("hmdb51")
+    shutil.copytree(real_data / "splits/testTrainMulti_7030_splits", root / "testTrainMulti_7030_splits")
+    stand_in(root / "hmdb51_org", {f"{file.name[:-16]}/{line.rsplit(maxsplit=1)[0]}"
+                                   for file in root.glob("testTrain*/*_test_split1.txt")
+                                   for line in file.read_text().splitlines() if line.strip()})
+    return root
+
+
+def test_ucf101_as_it_is(ucf101):
+    for split, counts in {1: (9537, 3783), 2: (9586, 3734), 3: (9624, 3696)}.items():
+        train, test = (tb.read_videos("ucf101", ucf101, part, split) for part in (True, False))
+        assert (len(train), len(test)) == counts and len(train.classes) == 101
+        assert not set(train.names()) & set(test.names())
+        assert train.labels.min() == 0 and train.labels.max() == 100 == test.labels.max()
+    handstand = [i for i in range(len(train)) if train.name(i).startswith("HandstandPushups/v_HandStandPushups_")]
+    assert len(handstand) > 50 and {train.classes[train.labels[i]] for i in handstand} == {"HandstandPushups"}
+    assert all(Path(train.path(i)).exists() for i in range(0, len(train), 100))
+
+
+def test_hmdb51_as_it_is(hmdb51):
+    train, test = (tb.read_videos("hmdb51", hmdb51, part) for part in (True, False))
+    everything = tb.read_videos("hmdb51", hmdb51, True, pool="all")
+    assert (len(train), len(test), len(everything)) == (3570, 1530, 5236) and len(train.classes) == 51
+    assert np.bincount(train.labels).tolist() == [70] * 51 and np.bincount(test.labels).tolist() == [30] * 51
+    assert set(train.names()) < set(everything.names()) and not set(everything.names()) & set(test.names())
+    assert any(set("!#&()[];+~@") & set(name) for name in train.names())
+    for videos in (train, test):
+        assert all(os.path.exists(videos.path(i)) and videos.classes[videos.labels[i]] == videos.name(i).split("/")[0]
+                   for i in range(len(videos)))
+
+
+@pytest.mark.parametrize("data, percent, count", [("ucf101", 5, 476), ("ucf101", 10, 953), ("ucf101", 20, 1907),
+                                                  ("ucf101", 50, 4768), ("hmdb51", 40, 2094), ("hmdb51", 50, 2618),
+                                                  ("hmdb51", 60, 3141)])
+def test_published_labelled_lists(data, percent, count, request, real_data, tmp_path, capsys):
+    root = request.getfixturevalue(data)
+    file = f"{data}_train_{percent}_percent_labeled_split_1_rawframes.txt"
+    path = real_data / "splits/videossl" / data / "videossl_splits" / file
+    videos = tb.read_videos(data, root, True, pool="all")
+    labeled = tb.choose_labeled(videos, argparse.Namespace(labeled_list=path, out=tmp_path))
+    listed = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    assert len(labeled) == count == len(set(listed))
+    assert {os.path.splitext(videos.name(i))[0] for i in labeled} == set(listed)
+    assert all(videos.classes[videos.labels[i]] == videos.name(i).split("/")[0] for i in labeled)
+    assert (np.delete(videos.labels, labeled) == -1).all()
+    text = capsys.readouterr().out
+    assert f"{count} of {len(videos)} training videos have a label" in text
+    assert ("no labelled video of CliffDiving" in text) == (data == "ucf101" and percent == 5)
+    odd = re.findall(r"the label of (\d+) rows contradicts", text)
+    assert (54 <= int(odd[0]) <= 73) if data == "hmdb51" else not odd
+
+
+def test_kinetics400_and_its_list(real_data, tmp_path, capsys):
+    path = real_data / "splits/videossl/kinetics400/kinetics400_train_1_percent_labeled_videos.txt"
+    listed = [line.split()[0] for line in path.read_text().splitlines()]
+    on_disk = [name.split("/")[0].replace("_", " ") + "/" + name.split("/")[1] for name in listed]
+    on_disk = [name[:-4] + (".mkv", ".webm", ".mp4")[i % 3] for i, name in enumerate(on_disk)]  # copies mix formats
+    stand_in(tmp_path / "train", on_disk[5:])
+    stand_in(tmp_path / "val", on_disk[:5] + ["baking cookies/-dash.mp4"])
+    (tmp_path / "train/baking cookies/folder.mp4").mkdir()
+    (tmp_path / "train/baking cookies/notes.txt").touch()
+    videos = tb.read_videos("kinetics400", tmp_path, True)
+    assert len(videos) == len(set(listed)) - 5
+    labeled = tb.read_labeled_list(path, videos)
+    assert len(labeled) == len(videos) and "5 rows name no training video" in capsys.readouterr().out
+    test = tb.read_videos("kinetics400", tmp_path, False)
+    assert len(test) == 6 and test.classes == videos.classes
+
+
+def test_labelled_lists_of_other_forms(toy, tmp_path, capsys):
+    videos = tb.read_videos("toy", toy, True)
+    names = videos.names()[:6]
+    rows = [f"/home/someone/UCF 101/{name} {videos.labels[i] + 1}" for i, name in enumerate(names[:5])]
+    rows += [f"{names[5][:-4]} 80 {videos.labels[5] + 1}", "", "Nowhere/v_x.avi 3"]
+    (tmp_path / "list.txt").write_text("\r\n".join(rows))
+    assert tb.read_labeled_list(tmp_path / "list.txt", videos).tolist() == list(range(6))
+    assert "1 rows name no training video" in capsys.readouterr().out
+    (tmp_path / "empty.txt").write_text("Nowhere/v_x.avi 3\n")
+    with pytest.raises(tb.UserError, match="empty.txt"):
+        tb.read_labeled_list(tmp_path / "empty.txt", videos)
+
+
+def test_missing_files_are_counted(toy, tmp_path, capsys):
+    names = [f"Ring/v{i}.avi" for i in range(200)]
+    stand_in(tmp_path / "UCF-101", names[10:])
+    (tmp_path / "ucfTrainTestlist").mkdir()
+    (tmp_path / "ucfTrainTestlist/classInd.txt").write_text("1 Ring\r\n")
+    (tmp_path / "ucfTrainTestlist/trainlist01.txt").write_text("".join(f"{name} 1\r\n" for name in names))
+    assert len(tb.read_videos("ucf101", tmp_path, True)) == 190
+    assert "10 of 200 listed videos are not in" in capsys.readouterr().out
+    (tmp_path / "UCF-101" / names[10]).unlink()
+    with pytest.raises(tb.UserError, match="11 of 200 .*Ring/v0.avi"):
+        tb.read_videos("ucf101", tmp_path, True)
+
+
+def test_a_folder_of_one_s_own(tmp_path):
+    stand_in(tmp_path, ["train/b/2.MP4", "train/b/1.mov", "train/a a/#1.avi", "train/b/.hidden", "test/b/3.webm",
+                        "unlabeled/x.mkv", "unlabeled/deep/er/y (1).avi", "unlabeled/readme.md"])
+    train, test = (tb.read_videos("folder", tmp_path, part) for part in (True, False))
+    assert train.names() == ["train/a a/#1.avi", "train/b/1.mov", "train/b/2.MP4",
+                             "unlabeled/deep/er/y (1).avi", "unlabeled/x.mkv"]
+    assert train.labels.tolist() == [0, 1, 1, -1, -1] and train.classes == ["a a", "b"] == test.classes
+    assert test.names() == ["test/b/3.webm"] and test.labels.tolist() == [1]
+
+
+@pytest.fixture
+def broken(toy, tmp_path):
+    """A folder of 100 training videos, of which break_files breaks some in five ways."""
+    source = tb.read_videos("toy", toy, True)
+    for part, count in [("train", 100), ("test", 10)]:
+        for i in range(count):
+            path = tmp_path / part / source.name(i % 24).split("/")[0] / f"{i:03}.avi"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source.path(i % 24), path)
+
+    def break_files(numbers, part="train"):
+        paths = sorted((tmp_path / part).rglob("*.avi"))
+        for i in numbers:
+            content = paths[i].read_bytes()
+            paths[i].write_bytes([b"", content[:300], b"not a video", bytes(5000), content[:4000]][i % 5][:5000])
+            if i % 5 == 4:
+                write_video(paths[i].with_suffix(".mp4"), moving_frames(1, 32, 32), "mjpeg", "yuvj420p", cover=True,
+                            extra=[("aac", None)])
+                paths[i].with_suffix(".mp4").rename(paths[i])  # sound and a cover picture
+        return [str(paths[i]) for i in numbers]
+
+    return tmp_path, break_files
+
+
+def test_broken_videos_are_named_replaced_and_counted(broken, tmp_path, capsys):
+    root, break_files = broken
+    bad = break_files(range(10, 60, 10 + 1))  # five of them, one of each kind
+    flags = ["--data", "folder", "--root", str(root), "--arch", "r3d_tiny", "--out", str(tmp_path / "out"), *TINY]
+    pretrain_inv.main([*flags, "--batch", "10", "--clips", "2"])
+    captured = capsys.readouterr()
+    error = captured.err
+    assert len(bad) == 5 and all(path in error for path in bad) and error.count("another video takes its place") == 5
+    log = [json.loads(line) for line in (tmp_path / "out/inv.log").read_text().splitlines()[1:]]
+    assert log[-1]["unreadable"] == 5
+    assert all(path.split("/train/")[1] in captured.out.split("cannot be decoded:")[-1] for path in bad)
+    assert len(load(tmp_path / "out", "inv")["similarity_of"]) == 95
+    break_files(range(5, 50, 4))
+    with pytest.raises(SystemExit) as end:
+        pretrain_inv.main([*flags, "--batch", "10", "--clips", "2", "--restart"])
+    assert end.value.code == 2 and "more than 10 %" in capsys.readouterr().err
+
+
+def test_prediction_of_one_s_own_videos(chain, toy, tmp_path, capsys):
+    shutil.copy(chain / "student.pt", tmp_path)
+    videos = tb.read_videos("toy", toy, False)
+    (tmp_path / "clips/deep").mkdir(parents=True)
+    shutil.copy(videos.path(0), tmp_path / "clips/deep/a: #1.avi")
+    (tmp_path / "clips/b.avi").write_text("broken")
+    flags = ["--checkpoint", str(tmp_path / "student.pt"), "--clips", "2", "--workers", "0", "--precision", "fp32"]
+    evaluate.main(["--videos", videos.path(0), str(tmp_path / "clips"), *flags])
+    predictions = json.loads((tmp_path / "predictions.json").read_text())
+    same_video, again, bad = sorted(predictions, key=lambda p: bool(p["error"]))
+    assert same_video["top5"] == again["top5"] and again["video"].endswith("a: #1.avi")
+    assert len(again["top5"]) == 5 and set(again["top5"]) < set(videos.classes) and sum(again["top5"].values()) <= 1
+    assert bad["top5"] == {} and bad["error"] and "b.avi: cannot be decoded" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluate.main(["--videos", str(tmp_path / "nothing"), *flags])
+
+
+def test_public_weights(tmp_path, capsys):
+    torch.manual_seed(0)
+    r3d = torchvision.models.video.r3d_18(num_classes=400).state_dict()
+    slow = tb.build_model("slow_r50", 400).state_dict()
+    tclr = {f"module.0.{k}" if not k.startswith("fc") else f"module.1.{k}": w for k, w in r3d.items()}
+    for arch, saved in [("r3d_18", r3d), ("slow_r50", {"model_state": slow}),
+                        ("r3d_18", {"state_dict": tclr, "epoch": 3})]:
+        torch.save(saved, tmp_path / "public.pth")
+        model = tb.build_model(arch, 7)
+        before = {k: w.clone() for k, w in model.state_dict().items()}
+        tb.load_backbone(model, tmp_path / "public.pth", tb.read_checkpoint(tmp_path / "public.pth"))
+        after, source = model.state_dict(), slow if arch == "slow_r50" else r3d
+        assert f"took {len(after) - 2} tensors of" in capsys.readouterr().out
+        for key, w in after.items():
+            if key.startswith(tb.CLASSIFIERS):
+                assert torch.equal(w, before[key])
+            elif "state_dict" in saved and key == "stem.0.weight":
+                assert torch.equal(w, source[key].flip(1))  # TCLR read BGR frames
+            else:
+                assert torch.equal(w, source[key])
+    for arch, saved in [("slow_r50", r3d), ("r3d_18", {"state_dict": {}}), ("r3d_tiny", r3d), ("r3d_18", {"a": 1})]:
+        with pytest.raises(tb.UserError, match="x.pth"):
+            tb.load_backbone(tb.build_model(arch, 7), "x.pth", saved)
+
+
+def test_unreadable_test_videos_count_as_wrong(broken, tmp_path, capsys):
+    root, break_files = broken
+    flags = ["--data", "folder", "--root", str(root), "--arch", "r3d_tiny", "--out", str(tmp_path / "out"), *TINY]
+    finetune.main([*flags, "--init", "none", "--epochs", "1"])
+    evaluate.main([str(tmp_path / "out"), "--clips", "1", "--workers", "0"])
+    before = json.loads((tmp_path / "out/results.json").read_text())[0]
+    bad = break_files(range(10), "test")
+    evaluate.main([str(tmp_path / "out"), "--clips", "1", "--workers", "0"])
+    after = json.loads((tmp_path / "out/results.json").read_text())[0]
+    assert before["videos"] == after["videos"] == 10 and before["unreadable"] == 0 and after["unreadable"] == 10
+    assert after["top1"] == 0 and all(path in capsys.readouterr().err for path in bad[:1])
+
+
+# ---- Mistakes of the user's: one line, exit status 2 -----------------------------------------------------------------
 
 @pytest.mark.parametrize("module, flags, word", [
     (pretrain_inv, "--data ucf102", "--data"), (pretrain_inv, "--arch r3d_19", "--arch"),

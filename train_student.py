@@ -8,8 +8,8 @@ OUT/dist.pt, from which the student starts. Writes OUT/student.pt.
     torchrun --nproc-per-node 4 train_student.py --data ucf101
     python train_student.py --reweight mean --name mean   # both teachers alike: table 2 (f)
 
-It prints a line for each epoch: the loss terms, the mean weight of the invariant teacher, the share of videos whose
-similarity score had to be clamped, and how often the teachers agree.
+Logged, beside the loss terms: the mean weight of the invariant teacher, the share of videos whose similarity score had
+to be clamped, and how often the teachers agree.
 """
 
 import functools
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 from common import (
     WEAK, Parser, Pool, Run, UserError, VideoStream, augment, autocast, build_model, choose_labeled, combine_teachers,
-    command, distillation_loss, draw, input_dtype, labeled_of_teachers, load_backbone, load_finished, number, print0,
-    random_span, settle_arguments, similarity_score, start, to_device, to_input, training_videos)
+    command, distillation_loss, draw, labeled_of_teachers, load_backbone, load_finished, number, print0, random_span,
+    settle_arguments, similarity_score, start, to_input, training_videos)
 
 
 @command
@@ -29,10 +29,11 @@ def main(argv=None):
     parser = Parser(__doc__, "student")
     parser.add("model", "--teachers", "one or two: file names in OUT, or paths; none: labels alone", nargs="+",
                default=["inv_ft.pt", "dist_ft.pt"], metavar="CHECKPOINT")
-    parser.add("model", "--init", "what the student starts from: a file name in --pretrained, a path, or none for random "
-               "weights", default="dist.pt", metavar="CHECKPOINT")
+    parser.add("model", "--init", "what the student starts from: a file name in --pretrained, a path, or none for "
+               "random weights", default="dist.pt", metavar="CHECKPOINT")
     parser.add("model", "--pretrained", "folder of stage 1 (default OUT)", metavar="DIR")
-    parser.add("training", "--omega", "weight of the unsupervised loss", type=number(float, 0), default=1.0, metavar="X")
+    parser.add("training", "--omega", "weight of the unsupervised loss", type=number(float, 0), default=1.0,
+               metavar="X")
     parser.add("training", "--teacher-loss", "distillation loss", choices=("l2", "kl", "js"), default="l2")
     parser.add("training", "--reweight", "weight of the first teacher: each video's similarity score, one half, or a "
                "number from 0 to 1", type=weighting, default="tstr", metavar="{tstr,mean,W}")
@@ -60,19 +61,18 @@ def main(argv=None):
     if run.finished:
         return
     teachers = [frozen(saved, len(videos.classes), device) for saved in saved_teachers.values()]
-    score = to_device(score_videos(args.reweight, saved_teachers, videos), device)  # s of every video
+    score = score_videos(args.reweight, saved_teachers, videos)  # s of every video
     pools = [Pool(unlabeled, args.batch, cycle=False), Pool(labeled, args.batch, cycle=True)]
     span = functools.partial(random_span, seed=args.seed, frames=args.frames, stride=args.stride)
     steps = len(unlabeled) // args.batch  # an epoch is one pass over the unlabelled videos; the labelled ones cycle
     stream = VideoStream(videos, pools if teachers else pools[1:], span, args, device, run, steps)
 
     for _ in run.epochs():
-        for batch in run.steps(stream):
-            clips = [augment(video, args.size, WEAK, draw(args.seed, *key, 0))
-                     for video, key in zip(batch.frames, batch.keys)]
-            x = to_input(clips, student, input_dtype(args))  # the unlabelled videos, then as many labelled ones
+        for frames, numbers, keys in run.steps(stream):
+            clips = [augment(video, args.size, draw(args.seed, *key, 0), **WEAK) for video, key in zip(frames, keys)]
+            x = to_input(clips, student)  # the unlabelled videos, then as many labelled ones
             u = len(x) // 2 if teachers else 0
-            y = to_device(videos.labels[batch.videos[u:]], device)
+            y = torch.as_tensor(videos.labels[numbers[u:]]).to(device, non_blocking=True)
             with autocast(args, device):
                 logits = run.net(x)
             p_student = logits.float().softmax(1)
@@ -81,7 +81,7 @@ def main(argv=None):
             if teachers:
                 with torch.no_grad(), autocast(args, device):
                     p = [teacher(x).float().softmax(1) for teacher in teachers]
-                s = score[to_device(batch.videos, device)]
+                s = score[numbers].to(device, non_blocking=True)
                 p_teacher = combine_teachers(*p, s) if len(p) == 2 else p[0]  # Eq. 7
                 on_unlabeled = distillation_loss(p_student[:u], p_teacher[:u], args.teacher_loss)  # Eq. 8
                 on_labeled = distillation_loss(p_student[u:], p_teacher[u:], args.teacher_loss)
