@@ -36,7 +36,6 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
-
 def cosine_similarity(a, b):
     """Sim(., .) of Eq. 5 and tau * log h(., .) of Eq. 1-3 for all pairs: (..., n, d), (..., m, d) -> (..., n, m).
 
@@ -138,7 +137,6 @@ def distillation_loss(p_student, p_teacher, kind="l2"):
 
 
 # ---- Temporal similarity based teacher reweighting (TSTR, Sec. 3.2) --------------------------------------------------
-
 def temporal_similarity(z):
     """C, Eq. 5: (B, n, d) representations of n clips of B videos -> (B, n, n) cosine similarities between the clips."""
     check_clips(z)
@@ -165,7 +163,6 @@ def combine_teachers(p_inv, p_dist, score):
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
-
 class R3D(nn.Module):
     """torchvision's r3d_18, key for key and shape for shape, except that layer4 keeps the time axis.
 
@@ -349,7 +346,6 @@ class Embedder(nn.Module):
 
 
 # ---- Data: exact frames of real files --------------------------------------------------------------------------------
-
 SEEKABLE = {"avi", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"}  # formats with an index, where seeking is exact
 DECODE_ERRORS = (av.FFmpegError, OSError, ValueError, IndexError)  # what a damaged file can raise
 
@@ -452,7 +448,6 @@ def clip_indices(count, frames, stride=1, position=0.5):
 
 
 # ---- Data: the lists of videos, and which of them have labels --------------------------------------------------------
-
 SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
 
 
@@ -510,6 +505,8 @@ def read_videos(data, root, train, split=1, pool="train"):
         folder, part = root, "train" if train else "val" if data == "kinetics400" else "test"
         classes = [c for c in list_folder(root / "train") if (root / "train" / c).is_dir()]
         names = [f"{part}/{c}/{file}" for c in classes for file in list_videos(root / part / c)]
+        if odd := {c for c in list_folder(root / part) if (root / part / c).is_dir()} - set(classes):
+            print0(f"warning: {root / part} has classes that {root / 'train'} has not, left out: {', '.join(odd)}")
         if data == "folder" and train:
             names += sorted(os.path.relpath(os.path.join(top, file), root)
                             for top, _, _ in os.walk(root / "unlabeled") for file in list_videos(top))
@@ -517,11 +514,11 @@ def read_videos(data, root, train, split=1, pool="train"):
         folder, lists, ending = root / "hmdb51_org", root / "testTrainMulti_7030_splits", f"_test_split{split}.txt"
         codes = "2" if not train else "1" if pool == "train" else "01"
         classes = [file.removesuffix(ending) for file in list_folder(lists) if file.endswith(ending)]
-        rows = [(c, *line.rsplit(maxsplit=1)) for c in classes for line in read_lines(lists / (c + ending))]
-        names = [f"{c}/{file}" for c, file, code in rows if code in codes]
+        rows = [(c, *line.rpartition(" ")) for c in classes for line in read_lines(lists / (c + ending))]
+        names = [f"{c}/{file.strip()}" for c, file, _, code in rows if code in codes]
     else:  # ucf101 and toy
         folder, lists = root / "UCF-101", root / "ucfTrainTestlist"
-        classes = [line.split()[1] for line in read_lines(lists / "classInd.txt")]
+        classes = [line.split()[-1] for line in read_lines(lists / "classInd.txt")]
         names = [line.split()[0] for line in read_lines(lists / f"{'train' if train else 'test'}list0{split}.txt")]
     there = {c: set(os.listdir(folder / c)) for c in {n.rpartition("/")[0] for n in names} if (folder / c).is_dir()}
     missing = [name for name in names if name.rpartition("/")[2] not in there.get(name.rpartition("/")[0], ())]
@@ -534,7 +531,10 @@ def read_videos(data, root, train, split=1, pool="train"):
     if not names:
         raise UserError(f"{folder}: no {'training' if train else 'test'} videos")
     number = {c: i for i, c in enumerate(classes)}
-    labels = [-1 if name.startswith("unlabeled/") else number[name.split("/")[-2]] for name in names]
+    labels = [-1 if name.startswith("unlabeled/") else number.get(os.path.basename(os.path.dirname(name)), -1)
+              for name in names]
+    if data != "folder" and -1 in labels:
+        raise UserError(f"{names[labels.index(-1)]}: listed, but its class is not in {lists / 'classInd.txt'}")
     return Videos(folder, names, labels, classes)
 
 
@@ -641,7 +641,6 @@ def choose_labeled(videos, args):
 
 
 # ---- Data: the built-in set of toy videos ----------------------------------------------------------------------------
-
 TOY_PATTERNS = {  # repetitive classes are told by what stays: the pattern of an object, of u, v in [-1, 1] over it
     "Stripes": lambda u, v: np.floor(2 * (u + 1)) % 2 == 0,
     "Checker": lambda u, v: (u > 0) == (v > 0),
@@ -729,7 +728,6 @@ def encode_video(file, frames, fps=25):
 
 
 # ---- Data: from a video to the clips of a step -----------------------------------------------------------------------
-
 def draw(seed, *key):
     """The random numbers that belong to a key of whole numbers, whoever asks, and whenever: a numpy Generator."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
@@ -818,6 +816,8 @@ class VideoStream:
         self.steps, seed = steps, args.seed
         if not steps:
             raise UserError(f"--batch {pools[0].batch} is more than the {len(pools[0].videos)} videos")
+        left_out = 0 if pools[0].cycle else len(pools[0].videos) - steps * pools[0].batch
+        print0(f"{steps} steps an epoch" + f", {left_out} videos, each time others, are left out" * (left_out > 0))
         self.dataset = Frames(videos, indices, round(1.25 * args.size))
         share = sum(pool.batch for pool in pools) // world_size()
         ahead = max(2, math.ceil(2 * share / max(1, args.workers)))  # two batches
@@ -872,7 +872,6 @@ def check_unreadable(unreadable, members, videos):
 
 
 # ---- Data: augmentation, on the device -------------------------------------------------------------------------------
-
 STRONG = dict(area=0.3, jitter=0.4, hue=0.1, p_jitter=0.8, p_grey=0.2)  # stage 1
 WEAK = dict(area=0.5, jitter=0.2, hue=0.05, p_jitter=0.5, p_grey=0.1)  # stages 2 and 3
 
@@ -915,7 +914,6 @@ def to_input(clips, model):
 
 
 # ---- Distributed: each of these works without torchrun, too ----------------------------------------------------------
-
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -962,11 +960,6 @@ def broadcast(value):
 
 
 # ---- Optimisation and logging ----------------------------------------------------------------------------------------
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM: `command` ends with exit status 1 and says that the same command goes on."""
-
-
 class Signals:
     """The first signal in training lets the step end, elsewhere it ends the program; a second Ctrl-C always does."""
     deferring = requested = False
@@ -974,7 +967,7 @@ class Signals:
     @classmethod
     def handle(cls, number, _frame):
         if not cls.deferring or (number == signal.SIGINT and cls.requested == signal.SIGINT):
-            raise Interrupted
+            raise KeyboardInterrupt
         cls.requested = cls.requested or number  # torchrun sends SIGTERM after a Ctrl-C: no second request
 
 
@@ -1131,10 +1124,10 @@ class Run:
                 yield self.batch
                 self.step += 1
                 self.bar.update()
-                if self.stopping:
+                if self.stopping or (Signals.requested and world_size() == 1):
                     self.settle()
                     self.save()
-                    raise Interrupted
+                    raise KeyboardInterrupt
 
     def record(self, clips, **terms):
         """Note a step's number of clips and its loss terms, scalars of which the first is the loss: means over ranks.
@@ -1198,23 +1191,25 @@ def git_commit():
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
-
 def write_atomically(path, write):
-    """Call write(file) on a new file that then takes the place of `path`, whole and on disk."""
+    """Call write(file) on a new file that then takes the place of `path`, whole and on disk; UserError if it cannot."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
+        raise UserError(f"{path} cannot be written, what was there is left: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def read_checkpoint(path):
@@ -1278,7 +1273,6 @@ def load_backbone(model, path, saved):
 
 
 # ---- Evaluation: temporal similarity after stage 1, class probabilities ----------------------------------------------
-
 @torch.no_grad()
 def map_videos(function, videos, indices, size, args, device, title):
     """Apply a function of decoded videos to all of them, shared among the ranks.
@@ -1342,7 +1336,6 @@ def class_probabilities(model, videos, clips, scales, args, device, title):
 
 
 # ---- Arguments -------------------------------------------------------------------------------------------------------
-
 DATA_SETS = "toy", "ucf101", "hmdb51", "kinetics400", "folder"
 
 
@@ -1355,7 +1348,7 @@ def defaults(data, stage):
     settings = {"data": data, "root": f"data/{data}", "split": 1, "pool": "train", "arch": "slow_r50", "size": 224,
                 "clips": 4, "frames": 16 if ssl else 8, "stride": 1 if ssl else 2, "batch": 40 if ssl else 16,
                 "epochs": 150 if not ssl else 100 if data == "kinetics400" else 250, "warmup": 10, "patience": 5,
-                "lr": 1e-3, "percent": {"ucf101": 5, "hmdb51": 40, "toy": 5}.get(data, 10), "subset_seed": 0}
+                "lr": 1e-3, "percent": {"ucf101": 5, "hmdb51": 40, "toy": 6}.get(data, 10), "subset_seed": 0}
     if data == "toy":
         settings |= {"arch": "r3d_tiny", "size": 32, "warmup": 2, "batch": 20 if ssl else 16,
                      "epochs": {"pretrain": 12, "finetune": 100, "student": 30}[stage],
@@ -1486,7 +1479,7 @@ def command(main):
             status, text = 2, f"out of GPU memory: try --checkpointing, or a smaller --batch or --size ({error})"
         except TrainingError as error:
             status, text = 1, error
-        except Interrupted:
+        except KeyboardInterrupt:
             status, text = 1, "interrupted; the same command goes on from the last checkpoint"
         finally:
             for s, handler in before.items():

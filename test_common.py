@@ -5,7 +5,9 @@ TIMEBALANCE_TEST_DATA (videos/ and splits/), and are skipped where it is not set
 """
 
 import argparse
+import errno
 import functools
+import io
 import json
 import math
 import os
@@ -15,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -729,37 +732,6 @@ def test_label_firewall(chain, toy, tmp_path, monkeypatch):
     assert (chain / "results.json").read_text() != (tmp_path / "results.json").read_text()
 
 
-KILLED = """
-import os, signal, sys, common
-record, count = common.Run.record, []
-def killed(run, *args, **terms):
-    record(run, *args, **terms)
-    count.append(1)
-    if len(count) == {step}:
-        os.kill(os.getpid(), signal.SIGKILL)
-common.Run.record = killed
-import {module}
-{module}.main(sys.argv[1:])
-"""
-
-
-@pytest.mark.parametrize("stage, name, step", [
-    (0, "inv", 9), (1, "dist", 9), (3, "labeled_only", 3), (4, "student", 6)])
-def test_a_killed_stage_goes_on_to_the_same_weights(stage, name, step, chain, toy, tmp_path):
-    for file in chain.glob("*.pt"):
-        if CHECKPOINTS.index(file.stem) < CHECKPOINTS.index(name):
-            shutil.copy(file, tmp_path)
-    module, own = STAGES[stage]
-    code = KILLED.format(step=step, module=module.__name__)
-    dead = subprocess.run([sys.executable, "-c", code, *TINY, *own, "--root", toy, "--out", tmp_path],
-                          cwd=Path(tb.__file__).parent, capture_output=True)
-    assert dead.returncode == -signal.SIGKILL and not load(tmp_path, name)["finished"], dead.stderr.decode()[-2000:]
-    run_stage(stage, toy, tmp_path, "--workers", "1")
-    assert_same_checkpoints(chain, tmp_path, [name])
-    epochs = [json.loads(line).get("epoch") for line in (tmp_path / f"{name}.log").read_text().splitlines()]
-    assert epochs == [None, 1, 2]
-
-
 def test_a_finished_stage_returns_and_takes_more_epochs(chain, toy, tmp_path, capsys):
     shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
     before = (tmp_path / "inv.pt").read_bytes()
@@ -1093,6 +1065,238 @@ def test_unreadable_test_videos_count_as_wrong(broken, tmp_path, capsys):
     after = json.loads((tmp_path / "out/results.json").read_text())[0]
     assert before["videos"] == after["videos"] == 10 and before["unreadable"] == 0 and after["unreadable"] == 10
     assert after["top1"] == 0 and all(path in capsys.readouterr().err for path in bad[:1])
+
+
+# ---- What a run may rely on ------------------------------------------------------------------------------------------
+
+HERE = Path(tb.__file__).parent
+SIGNALLED = """
+import os, signal, sys, time, common
+where, at, number, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), []
+def after(function):
+    def wrapped(*args, **terms):
+        result = function(*args, **terms)
+        count.append(1)
+        if len(count) == at:
+            os.kill(os.getpid(), number)
+        return result
+    return wrapped
+if where == "step":
+    common.Run.record = after(common.Run.record)
+elif where == "decode":
+    common.decode_frames = after(common.decode_frames)
+elif where == "similarity":
+    common.temporal_similarity = after(common.temporal_similarity)
+elif where == "write":
+    common.write_atomically = after(common.write_atomically)
+elif where == "encode":
+    common.encode_video = after(common.encode_video)
+module = __import__(sys.argv[4])
+module.main(sys.argv[5:])
+"""
+
+
+def interrupted(stage, where, at, number, root, out, *flags):
+    """Run a stage in a process that sends itself a signal, when something has happened `at` times."""
+    module, own = STAGES[stage]
+    command = [SIGNALLED, where, str(at), str(int(number)), module.__name__, *TINY, *own, "--root", root, "--out", out]
+    return subprocess.run([sys.executable, "-c", *command, *flags], cwd=HERE, capture_output=True, text=True,
+                          timeout=120)
+
+
+def earlier_checkpoints(chain, out, name):
+    for file in chain.glob("*.pt"):
+        if CHECKPOINTS.index(file.stem) < CHECKPOINTS.index(name):
+            shutil.copy(file, out)
+
+
+@pytest.mark.parametrize("stage, name, where, at, number", [
+    (0, "inv", "step", 9, signal.SIGKILL), (1, "dist", "step", 9, signal.SIGKILL),
+    (3, "labeled_only", "step", 3, signal.SIGKILL), (4, "student", "step", 6, signal.SIGKILL),
+    (0, "inv", "step", 8, signal.SIGTERM), (4, "student", "step", 3, signal.SIGINT),
+    (0, "inv", "similarity", 2, signal.SIGKILL), (1, "dist", "similarity", 1, signal.SIGTERM),
+    (0, "inv", "write", 2, signal.SIGINT), (2, "dist_ft", "step", 6, signal.SIGTERM)])
+def test_an_interrupted_stage_goes_on_to_the_same_weights(stage, name, where, at, number, chain, toy, tmp_path):
+    earlier_checkpoints(chain, tmp_path, "inv_ft" if name == "dist_ft" else name)
+    dead = interrupted(stage, where, at, number, toy, tmp_path)
+    if number == signal.SIGKILL:
+        assert dead.returncode == -signal.SIGKILL, dead.stderr
+    else:
+        assert dead.returncode == 1 and dead.stderr.strip().endswith(
+            "interrupted; the same command goes on from the last checkpoint"), dead.stderr
+        assert "Traceback" not in dead.stderr
+    if (where, number) == ("step", signal.SIGTERM):
+        saved = load(tmp_path, name)
+        assert saved["step"] > 0 or saved["epoch"] > 0  # the step in hand was finished and saved
+    run_stage(stage, toy, tmp_path, "--workers", "1")
+    assert_same_checkpoints(chain, tmp_path, [name])
+    lines = [json.loads(line) for line in (tmp_path / f"{name}.log").read_text().splitlines()]
+    assert [line.get("epoch") for line in lines] == [None, 1, 2]
+    for line, expected in zip(lines[1:], (chain / f"{name}.log").read_text().splitlines()[1:]):
+        assert line["loss"] == json.loads(expected)["loss"]
+
+
+def test_sigterm_saves_the_step_in_hand(toy, chain, tmp_path):
+    interrupted(0, "step", 8, signal.SIGTERM, toy, tmp_path)
+    saved = load(tmp_path, "inv")
+    assert (saved["epoch"], saved["step"]) == (1, 2) and not saved["finished"]  # 6 steps an epoch
+
+
+def test_interrupted_rendering_goes_on(toy, tmp_path):
+    for at, number in [(3, signal.SIGKILL), (5, signal.SIGINT)]:
+        code = f"import common; common.encode_video; common.render_toy({str(tmp_path / 'toy')!r}, 24, 8)"
+        wrapped = SIGNALLED.replace("module = __import__(sys.argv[4])\nmodule.main(sys.argv[5:])\n", code)
+        dead = subprocess.run([sys.executable, "-c", wrapped, "encode", str(at), str(int(number))], cwd=HERE,
+                              capture_output=True, timeout=120)
+        assert dead.returncode != 0 and not (tmp_path / "toy/toy.json").exists()
+    tb.render_toy(tmp_path / "toy", 24, 8)
+    for file in toy.rglob("*.avi"):
+        assert file.read_bytes() == (tmp_path / "toy" / file.relative_to(toy)).read_bytes()
+
+
+@pytest.mark.skipif("TIMEBALANCE_STRESS" not in os.environ, reason="TIMEBALANCE_STRESS is not set: takes half an hour")
+@pytest.mark.parametrize("stage, name", [(0, "inv"), (1, "dist"), (3, "labeled_only"), (4, "student")])
+def test_twenty_kills_at_random_moments(stage, name, chain, toy, tmp_path):
+    earlier_checkpoints(chain, tmp_path, name)
+    module, own = STAGES[stage]
+    rng = np.random.default_rng(stage)
+    for k in range(20):
+        command = [f"{module.__name__}.py", *TINY, *own, "--root", toy, "--out", tmp_path, "--workers", str(k % 3)]
+        process = subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(1, 8))
+        process.send_signal((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[k % 3])
+        process.wait(60)
+        for line in (tmp_path / f"{name}.log").read_text().splitlines() if (tmp_path / f"{name}.log").exists() else []:
+            json.loads(line)
+    run_stage(stage, toy, tmp_path)
+    assert_same_checkpoints(chain, tmp_path, [name])
+
+
+class FullDisk(io.BytesIO):
+    def write(self, data):
+        if self.tell() + len(data) > 100_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(chain, toy, tmp_path, monkeypatch, capsys):
+    shutil.copy(chain / "inv.pt", tmp_path)
+    before = (tmp_path / "inv.pt").read_bytes()
+    monkeypatch.setattr(tb.torch, "save", lambda state, file, save=torch.save: save(state, FullDisk()))
+    with pytest.raises(SystemExit) as end:
+        run_stage(0, toy, tmp_path, "--epochs", "3")
+    error = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and "inv.pt cannot be written, what was there is left" in error and "\n" not in error
+    assert (tmp_path / "inv.pt").read_bytes() == before and not list(tmp_path.glob(".inv.pt*"))
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_no_code_in_a_checkpoint_runs(tmp_path, toy):
+    torch.save({"stage": "pretrain_inv", "model": Malicious(tmp_path / "touched")}, tmp_path / "inv.pt")
+    with pytest.raises(tb.UserError, match="inv.pt"):
+        tb.read_checkpoint(tmp_path / "inv.pt")
+    with pytest.raises(SystemExit):
+        finetune.main([*TINY, "--init", "inv.pt", "--root", str(toy), "--out", str(tmp_path)])
+    assert not (tmp_path / "touched").exists()
+
+
+def test_other_arguments_are_refused_with_both_values(chain, toy, tmp_path, capsys):
+    shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
+    for stage, flags, words in [(0, ["--size", "32"], ("size", "16", "32")), (1, ["--seed", "7"], ("seed", "0", "7")),
+                                (0, ["--lr", "0.5"], ("lr", "0.001", "0.5")), (0, ["--epochs", "1"], ("2 epochs", "1")),
+                                (2, ["--percent", "40"], ("percent", "6", "40")),
+                                (4, ["--omega", "3"], ("omega", "1.0", "3.0"))]:
+        with pytest.raises(SystemExit) as end:
+            run_stage(stage, toy, tmp_path, *flags)
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and all(word in error for word in words), error
+    shutil.copy(tmp_path / "student.pt", tmp_path / "inv.pt")
+    with pytest.raises(SystemExit):
+        run_stage(0, toy, tmp_path)
+    assert "not written by this stage" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(toy, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def exploding(z, temperature):
+        calls.append(1)
+        return tb.invariant_loss(z, temperature) * (math.nan if len(calls) == 9 else 1)
+
+    monkeypatch.setattr(pretrain_inv, "invariant_loss", exploding)
+    with pytest.raises(SystemExit) as end:
+        run_stage(0, toy, tmp_path)
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and "epoch 2, step 3: not finite: {'loss': nan}" in error and error.count(".avi") == 4
+    saved = load(tmp_path, "inv")
+    assert saved["epoch"] == 1 and all(w.isfinite().all() for w in saved["model"].values())
+
+
+def torchrun(code_or_script, *argv, processes=2, flags=(), timeout=180):
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *flags]
+    return subprocess.run([sys.executable, "-m", *launcher, code_or_script, *map(str, argv)], cwd=HERE, env=environment,
+                          capture_output=True, text=True, timeout=timeout)
+
+
+def test_torchrun_trains_resumes_and_evaluates(chain, toy, tmp_path):
+    flags = [*TINY, "--clips", "2", "--root", toy, "--out", tmp_path]
+    whole = torchrun("pretrain_inv.py", *flags)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    weights = load(tmp_path, "inv")
+    second_process = 'len(count) == at and os.environ["RANK"] + os.environ["TORCHELASTIC_RESTART_COUNT"] == "10"'
+    (tmp_path / "killed.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+                                        + SIGNALLED.replace("len(count) == at", second_process))
+    begin = time.monotonic()
+    again = [*TINY, "--clips", "2", "--root", toy, "--out", tmp_path / "again"]
+    dead = torchrun(tmp_path / "killed.py", "step", 9, int(signal.SIGKILL), "pretrain_inv", *again)
+    assert dead.returncode != 0 and time.monotonic() - begin < 60 and "exitcode  : -9" in dead.stderr
+    assert (load(tmp_path / "again", "inv")["epoch"], load(tmp_path / "again", "inv")["finished"]) == (1, False)
+    gone_on = torchrun(tmp_path / "killed.py", "step", 3, int(signal.SIGKILL), "pretrain_inv", *again,
+                       flags=["--max-restarts=1"])
+    assert gone_on.returncode == 0, gone_on.stderr[-3000:]
+    assert same(weights["model"], load(tmp_path / "again", "inv")["model"])
+    assert len((tmp_path / "again/inv.log").read_text().splitlines()) == 3
+    shutil.copytree(chain, tmp_path / "eval")
+    both = torchrun("evaluate.py", tmp_path / "eval", *"--clips 2 --device cpu --workers 0 --precision fp32".split())
+    assert both.returncode == 0, both.stderr[-3000:]
+    one, two = (json.loads((folder / "results.json").read_text()) for folder in (chain, tmp_path / "eval"))
+    assert [{**r, "seconds": 0} for r in one] == [{**r, "seconds": 0} for r in two]
+    odd = torchrun("pretrain_inv.py", *flags, "--batch", 5, "--restart")
+    assert odd.returncode != 0 and "--batch 5 cannot be shared among 2 processes" in odd.stderr
+
+
+LONG = """
+import gc, os, sys, common, pretrain_inv
+seen, save = [], common.Run.save
+def measured(run, *args, **more):
+    save(run, *args, **more)
+    children = [int(p) for p in open(f"/proc/self/task/{os.getpid()}/children").read().split()]
+    memory = [int(open(f"/proc/{p}/statm").read().split()[1]) * 4096 for p in [os.getpid(), *children]]
+    seen.append((sum(memory), len(os.listdir("/proc/self/fd"))))
+common.Run.save = measured
+pretrain_inv.main(sys.argv[1:])
+early, late = seen[40], seen[-2]
+assert late[0] - early[0] < 30e6 and late[1] <= early[1] + 2, (early, late)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_and_files_stay_flat_over_200_epochs(tmp_path):
+    tb.render_toy(tmp_path / "toy", 8, 8)
+    flags = [*TINY, *"--clips 2 --frames 4 --batch 8 --epochs 200 --workers 1 --root".split(), tmp_path / "toy"]
+    flags += ["--out", tmp_path]
+    done = subprocess.run([sys.executable, "-c", LONG, *flags], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len([json.loads(line) for line in (tmp_path / "inv.log").read_text().splitlines()]) == 201
 
 
 # ---- Mistakes of the user's: one line, exit status 2 -----------------------------------------------------------------
