@@ -31,6 +31,7 @@ from av.video.reformatter import VideoReformatter
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.video.resnet import BasicBlock, Conv3DSimple
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -336,8 +337,8 @@ class Embedder(nn.Module):
     def forward(self, clips, num_long=0, slices=1):
         """clips: (N, 3, T, H, W), the last `num_long` of them long clips -> (N - num_long + num_long * slices, 128).
 
-        First one row for each clip, pooled over time, then `slices` rows for each long clip, one for each temporal
-        slice of its features. All pass the head together, so its BatchNorm sees one batch.
+        A row for each clip, pooled over time, then `slices` rows for each long clip, one for each temporal slice of its
+        features. All pass the head together, so its BatchNorm sees one batch.
         """
         f = self.backbone.features(clips)  # (N, D, T')
         pooled, unpooled = f.split([len(f) - num_long, num_long])
@@ -606,13 +607,13 @@ def training_videos(args):
 
 def labeled_of_teachers(teachers, videos):
     """The labelled videos that teachers were fine-tuned on, all others' labels hidden -> sorted numbers."""
-    lists = [saved["labeled"] for saved in teachers.values()]
+    names, *others = [saved["labeled"] for saved in teachers.values()]
     number = {videos.name(i): i for i in range(len(videos))}
-    if any(names != lists[0] for names in lists):
+    if others and others != [names]:
         raise UserError(f"{' and '.join(teachers)} were fine-tuned on different labelled videos")
-    if absent := [name for name in lists[0] if name not in number]:
+    if absent := [name for name in names if name not in number]:
         raise UserError(f"{videos.folder}: without {len(absent)} of the teachers' labelled videos, such as {absent[0]}")
-    labeled = np.array([number[name] for name in lists[0]])
+    labeled = np.array([number[name] for name in names])
     videos.hide_labels(keep=labeled)
     return labeled
 
@@ -688,9 +689,9 @@ def toy_clip(label, rng):
 
 
 def render_toy(root, train=400, test=200, seed=0):
-    """Write the toy videos as MPEG-4 files in UCF101's layout, unless they are there; finish what was begun.
+    """Write the toy videos as MPEG-4 files in UCF101's layout, unless toy.json says that all are there.
 
-    The frames depend on the seed alone. Every file is complete or absent; toy.json, the last one, says that all are.
+    The frames depend on the seed alone. Every file is complete or absent, so what was begun is finished.
     """
     root = Path(root)
     settings, done = {"version": 1, "train": train, "test": test, "seed": seed}, root / "toy.json"
@@ -798,31 +799,30 @@ def step_keys(pools, steps, seed, epoch, step):
 class VideoStream:
     """The batches of a training run, from where the run stands: an iterator over this rank's share of each, as lists.
 
-    frames: of each video, uint8 (T, H, W, 3) on the device. numbers: of the videos. keys: (role, pass, video) of each,
-    what the random draws of this place in the batch depend on, with the seed.
-    steps: per epoch; by default as many as the first pool fills in one pass.
-    Who is in a step, and every draw, is a function of (seed, epoch, step): no state to save, and any number of workers
-    gives the same batches. A video that cannot be decoded is named, and another one of its pool takes its place and its
-    draws, one that is not in the batch; over 10 % of a pool stops the run (UserError).
+    (frames, numbers, keys): of each video uint8 (T, H, W, 3) on the device, its number, and (role, pass, video), which
+    with the seed settles its random draws. steps: per epoch; by default as many as the first pool fills in one pass.
+    Who is in a step is a function of (seed, epoch, step): no state to save, and any number of workers gives the same. A
+    video that cannot be decoded is named, and another one of its pool, which is not in the batch, takes its place and
+    its draws; over 10 % of a pool stops the run (UserError).
     """
 
     def __init__(self, videos, pools, indices, args, device, run, steps=None):
         self.videos, self.pools, self.seed, self.device = videos, pools, args.seed, device
         self.unreadable = {}  # video: reason
-        self.epoch, self.step = run.epoch, run.step
         if steps is None:
             passes = len(pools[0].videos) / pools[0].batch
             steps = math.ceil(passes) if pools[0].cycle else int(passes)
-        self.steps, seed = steps, args.seed
+        self.steps, seed, done = steps, args.seed, run.epoch * steps + run.step
         if not steps:
             raise UserError(f"--batch {pools[0].batch} is more than the {len(pools[0].videos)} videos")
+        self.epoch, self.step = divmod(done, steps)
         left_out = 0 if pools[0].cycle else len(pools[0].videos) - steps * pools[0].batch
         print0(f"{steps} steps an epoch" + f", {left_out} videos, each time others, are left out" * (left_out > 0))
         self.dataset = Frames(videos, indices, round(1.25 * args.size))
         share = sum(pool.batch for pool in pools) // world_size()
         ahead = max(2, math.ceil(2 * share / max(1, args.workers)))  # two batches
         # Not through self: a cycle of references would keep the workers alive until Python collects garbage.
-        items = ((key, key[2]) for step in range(run.epoch * steps + run.step, args.epochs * steps)
+        items = ((key, key[2]) for step in range(done, args.epochs * steps)
                  for keys in step_keys(pools, steps, seed, *divmod(step, steps)) for key in own_share(keys))
         self.loader = self.dataset.loader(items, args.workers, ahead, device.type == "cuda")
 
@@ -859,7 +859,7 @@ class VideoStream:
     def report(self, video, reason, role):
         if video not in self.unreadable:
             self.unreadable[video] = reason
-            warn(f"{self.videos.path(video)}: {reason}; another video takes its place")
+            tqdm.write(f"warning: {self.videos.path(video)}: {reason}; another video takes its place", file=sys.stderr)
             check_unreadable(self.unreadable, self.pools[role].videos, self.videos)
 
 
@@ -922,10 +922,10 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def print0(*text):
+def print0(*text, sep=" "):
     """Print from the first process, above the progress bar."""
     if rank() == 0:
-        tqdm.write(" ".join(map(str, text)))
+        tqdm.write(sep.join(map(str, text)))
 
 
 def own_share(items):
@@ -935,12 +935,18 @@ def own_share(items):
 
 
 def all_gather(z):
-    """(B, ...) of each rank -> (ranks * B, ...), in rank order, on every rank.
+    """(B, ...) of each rank -> (ranks * B, ...), in rank order, on every rank, with gradient for the rank's own rows.
 
-    Gradients flow back to the rank that a row came from, summed over the ranks. Each rank computes the same loss of all
-    rows, and DistributedDataParallel averages over ranks: so they train on the gradient of that loss.
+    Every rank computes the same loss of all rows, so the gradient for its own ones is complete; times the number of
+    ranks, for DistributedDataParallel averages over them.
     """
-    return torch.cat(dist.nn.functional.all_gather(z)) if world_size() > 1 else z
+    if world_size() == 1:
+        return z
+    rows, own = [torch.empty_like(z) for _ in range(world_size())], z.view_as(z)
+    own.register_hook(lambda gradient: gradient * world_size())
+    dist.all_gather(rows, z.detach().contiguous())
+    rows[rank()] = own
+    return torch.cat(rows)
 
 
 def gather_objects(value):
@@ -987,7 +993,11 @@ def start(args):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, number, count = next(dist.rendezvous("env://"))
+        # Else gloo finds the addresses of processes that torchrun has replaced (--max-restarts).
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=count)
     if args.precision is None:
         fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else any(
             torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
@@ -1029,30 +1039,29 @@ class Run:
     else it is to hold for later stages. Where the checkpoint exists already, the Run goes on from it.
     """
 
-    def __init__(self, args, stage, name, net, parts, videos, device, labeled=None):
-        self.args, self.name, self.parts, self.device, self.carried = args, name, parts, device, {}
+    def __init__(self, args, stage, name, net, parts, videos, device, labeled=()):
+        self.args, self.name, self.device, self.carried = args, name, device, {}
         self.facts = {"stage": stage, "arch": args.arch, "classes": videos.classes,
-                      "video_set": set_digest(videos.names()),
-                      "labeled": None if labeled is None else [videos.name(i) for i in labeled]}
+                      "video_set": set_digest(videos.names()), "labeled": [videos.name(i) for i in labeled]}
         self.path, self.log_path = Path(args.out) / f"{name}.pt", Path(args.out) / f"{name}.log"
-        self.epoch, self.step, self.sums, self.finished = 0, 0, {}, False
-        self.pending, self.stopping = None, False
+        self.epoch, self.step, self.sums, self.finished, self.pending, self.stopping = 0, 0, {}, False, None, False
         net.to(device, memory_format=torch.channels_last_3d)
         if world_size() > 1 and device.type == "cuda":
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         trained = [p for p in net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(trained, args.lr, betas=(0.9, 0.999), fused=device.type == "cuda")
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, factor=0.5, patience=args.patience)
-        if not args.restart and broadcast(self.path.exists()):
+        self.parts = {**parts, "optimizer": self.optimizer, "plateau": self.plateau}
+        if not args.restart and not args.benchmark and broadcast(self.path.exists()):
             self.resume(read_checkpoint(self.path))
-        else:
+        elif not args.benchmark:
             versions = {module.__name__: module.__version__ for module in (torch, torchvision, av, np)}
-            self.write_log([json.dumps({"command": " ".join(sys.argv), "commit": git_commit(), **versions})])
+            commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
+            self.write_log([json.dumps({"command": " ".join(sys.argv), "commit": commit, **versions})])
         if args.checkpointing:
             checkpoint_stages(parts["model"])
-        if args.compile:
-            for stage in parts["model"].stages():
-                stage.compile()
+        for stage in parts["model"].stages() if args.compile else ():
+            stage.compile()
         self.net = nn.parallel.DistributedDataParallel(net) if world_size() > 1 else net
 
     def resume(self, saved):
@@ -1065,10 +1074,8 @@ class Run:
                                 "that to go on, or give --restart to begin again or another --out")
         if saved["epoch"] > self.args.epochs:
             raise UserError(f"{self.path} has {saved['epoch']} epochs, --epochs {self.args.epochs} is less")
-        for name, module in self.parts.items():
-            module.load_state_dict(saved[name])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.plateau.load_state_dict(saved["plateau"])
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
         self.epoch, self.step, self.sums = saved["epoch"], saved["step"], saved["sums"]
         self.finished = saved["finished"] and self.epoch == self.args.epochs
         print0(f"{self.path} is finished ({self.epoch} epochs)" if self.finished
@@ -1116,18 +1123,47 @@ class Run:
         self.stream = stream
         with tqdm(total=stream.steps, initial=self.step, desc=f"{self.name} {self.epoch + 1}/{self.args.epochs}",
                   leave=False, disable=True if rank() else None) as self.bar:
+            if self.args.benchmark:
+                yield from self.benchmark(stream)
             while self.step < stream.steps:
-                begin = time.perf_counter()
-                self.batch = next(stream)
-                self.waiting += time.perf_counter() - begin
-                torch.manual_seed(draw(self.args.seed, self.epoch, self.step, rank()).integers(2**63))  # for dropout
-                yield self.batch
+                yield self.next_batch(stream)
                 self.step += 1
                 self.bar.update()
                 if self.stopping or (Signals.requested and world_size() == 1):
                     self.settle()
                     self.save()
                     raise KeyboardInterrupt
+
+    def next_batch(self, stream):
+        begin = time.perf_counter()
+        self.batch = next(stream)
+        self.waiting += time.perf_counter() - begin
+        torch.manual_seed(draw(self.args.seed, self.epoch, self.step, rank()).integers(2**63))  # for dropout
+        return self.batch
+
+    def benchmark(self, stream, warmup=5):
+        """The steps of --benchmark; then a table of what they took, the same as one JSON line, and the end."""
+        with FlopCounterMode(display=False) as flops:
+            yield self.next_batch(stream)
+        for k in range(warmup + self.args.benchmark):
+            if k == warmup:
+                self.settle()  # which waits for the GPU
+                begin, self.waiting, self.clips = time.perf_counter(), 0.0, 0
+            yield self.next_batch(stream)
+        self.settle()
+        step, items = (time.perf_counter() - begin) / self.args.benchmark, [(key, key[2]) for key in self.batch[2][:16]]
+        begin = time.perf_counter()
+        for item in items:
+            stream.dataset[item]
+        decode = 1000 * (time.perf_counter() - begin) / len(items)
+        numbers = {"videos_per_s": len(self.batch[1]) * world_size() / step, "ms_per_step": 1000 * step,
+                   "clips_per_s": self.clips / self.args.benchmark / step, "decode_ms_per_video": decode,
+                   "waiting_share": self.waiting / self.args.benchmark / step,
+                   "tflop_per_s": flops.get_total_flops() * world_size() / step / 1e12,
+                   "gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0}
+        print0("\n".join(f"{key:20} {value:10.4g}" for key, value in numbers.items()), json.dumps(numbers), sep="\n")
+        print0("bottleneck:", "decoding: --workers" if numbers["waiting_share"] > 0.1 else "the network: --precision")
+        raise SystemExit
 
     def record(self, clips, **terms):
         """Note a step's number of clips and its loss terms, scalars of which the first is the loss: means over ranks.
@@ -1152,8 +1188,7 @@ class Run:
         """Take in the numbers of the step that was recorded last; TrainingError if they are not finite."""
         if self.pending is None:
             return
-        names, values, ready, step, videos = self.pending
-        self.pending = None
+        (names, values, ready, step, videos), self.pending = self.pending, None
         if ready is not None:
             ready.synchronize()
         *values, stop = values.tolist()
@@ -1172,7 +1207,6 @@ class Run:
         if rank() == 0:
             state = {**self.facts, **self.carried, **more, "args": vars(self.args), "epoch": self.epoch,
                      "step": self.step, "sums": self.sums, "finished": finished,
-                     "optimizer": self.optimizer.state_dict(), "plateau": self.plateau.state_dict(),
                      **{name: part.state_dict() for name, part in self.parts.items()}}
             write_atomically(self.path, lambda file: torch.save(state, file))
         if world_size() > 1:
@@ -1181,13 +1215,6 @@ class Run:
     def finish(self, **more):
         self.save(finished=True, **more)
         print0(f"wrote {self.path}")
-
-
-def git_commit():
-    """The commit of this code, where it lies in a git repository."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    with contextlib.suppress(OSError):
-        return subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -1232,16 +1259,13 @@ def read_checkpoint(path):
 
 
 def load_finished(names, folder, stages):
-    """Finished checkpoints by name -> {name: content}; none where the name is "none".
+    """Finished checkpoints by name, in `folder` or a path, written by one of `stages` (None: by another program).
 
-    A name without a folder of its own lies in `folder`. stages: those that may have written it, None among them for
-    other programs.
+    Returns {name: content}, without the name "none".
     """
     contents = {}
-    for name in names:
+    for name in (name for name in names if name != "none"):
         path = name if os.path.dirname(name) else os.path.join(folder, name)
-        if name == "none":
-            continue
         saved = read_checkpoint(path)
         stage = saved.get("stage")
         if stage not in stages:
@@ -1275,10 +1299,10 @@ def load_backbone(model, path, saved):
 # ---- Evaluation: temporal similarity after stage 1, class probabilities ----------------------------------------------
 @torch.no_grad()
 def map_videos(function, videos, indices, size, args, device, title):
-    """Apply a function of decoded videos to all of them, shared among the ranks.
+    """Apply a function to the decoded frames at `indices` of all videos, shared among the ranks.
 
-    function: a list of up to `size` uint8 (T, H, W, 3) on the device -> a tensor with a row for each.
-    indices: which frames, as for Frames. Returns {number: row} and, of those that cannot be decoded, {number: reason}.
+    function: a list of up to `size` uint8 (T, H, W, 3) on the device -> a tensor with a row for each. Returns
+    {number: row} and, of those that cannot be decoded, {number: reason}.
     """
     numbers = range(rank(), len(videos), world_size())
     dataset = Frames(videos, indices, round(1.25 * args.size))
@@ -1287,7 +1311,7 @@ def map_videos(function, videos, indices, size, args, device, title):
     for i, item in zip(tqdm(numbers, desc=title, leave=False, disable=True if rank() else None), items):
         if isinstance(item, str):
             unreadable[i] = item
-            warn(f"{videos.path(i)}: {item}")
+            tqdm.write(f"warning: {videos.path(i)}: {item}", file=sys.stderr)
         else:
             waiting[i] = item.to(device, non_blocking=True)
         if waiting and (len(waiting) == size or i == numbers[-1]):
@@ -1302,8 +1326,8 @@ def map_videos(function, videos, indices, size, args, device, title):
 def measure_similarity(embedder, videos, args, device):
     """C of Eq. 5 of each video by the self-supervised teacher, before fine-tuning (Algorithm 1, line 16).
 
-    From n = args.clips consecutive clips in the middle of the video, centre crop, eval mode. Returns what the
-    checkpoint holds of it: "similarity_of", the names of those that can be decoded, and "similarity", (those, n, n).
+    From args.clips consecutive clips in its middle, centre crop, eval mode. Returns what the checkpoint holds of it:
+    "similarity_of", the names of those that can be decoded, and "similarity", (those, n, n).
     """
     def similarity(frames):
         clips = [centre_crop(clip, args.size) for video in frames for clip in video.split(args.frames)]
@@ -1363,8 +1387,7 @@ def number(kind, least, most=math.inf):
         with contextlib.suppress(ValueError):
             if least <= (value := kind(text)) <= most and value < math.inf:
                 return value
-        kinds = {int: "a whole number", float: "a number"}
-        raise argparse.ArgumentTypeError(f"{text} is not {kinds[kind]} from {least} to {most}")
+        raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} from {least} to {most}")
     return parse
 
 
@@ -1382,11 +1405,9 @@ class Parser(argparse.ArgumentParser):
             add("data", "--data", "data set; toy is rendered where it is missing (default toy)", choices=DATA_SETS)
             add("data", "--root", "its folder (default data/<data>)", metavar="DIR")
             add("data", "--split", "official split of ucf101 and hmdb51", type=int, choices=(1, 2, 3))
-            add("data", "--pool", "training videos of hmdb51: the split's 3,570, or all that are not test videos, as "
-                "the label lists of earlier papers assume", choices=("train", "all"))
+            add("data", "--pool", "hmdb51's training videos: the split's, or all but test's", choices=("train", "all"))
             if stage != "pretrain":
-                add("data", "--percent", "percent of each class's training videos that keep their label", metavar="P",
-                    type=number(float, 0.001, 100))
+                add("data", "--percent", "%% of each class with a label", type=number(float, 1e-3, 100), metavar="P")
                 add("data", "--labeled-list", "read the labelled videos from a published list instead", metavar="FILE")
                 add("data", "--subset-seed", "draws which P percent", type=count(0), metavar="N")
             else:
@@ -1405,6 +1426,7 @@ class Parser(argparse.ArgumentParser):
             add("run", "--checkpointing", "recompute activations: less memory, a third more time", action="store_true")
             add("run", "--compile", "torch.compile: slow to start, then faster on GPUs", action="store_true")
             add("run", "--restart", "begin again, even where there is a checkpoint", action="store_true")
+            add("run", "--benchmark", "time so many steps, write no checkpoint", type=count(1), metavar="N")
         add("run", "--workers", "decoding processes (default: its share of the cores)", type=count(0), metavar="N")
         add("run", "--device", "default: cuda where there is a GPU", choices=("cpu", "cuda"))
         add("run", "--precision", "default: bf16 autocast where the hardware has it", choices=("bf16", "fp32"))
@@ -1437,7 +1459,7 @@ def settle_arguments(args, stage, sources={}, inherited=()):
             if getattr(args, key) is None and value is not None:
                 setattr(args, key, value)
                 taken.append(key)
-            elif getattr(args, key) != value and key != "root":  # the videos may have moved: see check_same_videos
+            elif getattr(args, key) != value and key != "root":  # the videos may have moved
                 raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)} contradicts {path}, made with {value}")
     if taken:
         print0("from", ", ".join(ours) + ":", *(f"--{k} {getattr(args, k)}" for k in taken))
@@ -1446,6 +1468,8 @@ def settle_arguments(args, stage, sources={}, inherited=()):
             setattr(args, key, value)
     if getattr(args, "labeled_list", None) and args.percent is not None:
         raise UserError("--percent and --labeled-list: choose one")
+    if args.benchmark:
+        args.epochs = 10**6  # as many as it needs
     if args.batch % world_size():
         raise UserError(f"--batch {args.batch} cannot be shared among {world_size()} processes: choose a multiple")
     print0("settings:", *(f"--{k.replace('_', '-')} {value}" for k, value in vars(args).items() if value is not None))
@@ -1453,14 +1477,12 @@ def settle_arguments(args, stage, sources={}, inherited=()):
 
 class UserError(Exception):
     """A mistake in arguments or input: `command` turns it into one line on stderr and exit status 2."""
+    status = 2
 
 
-class TrainingError(Exception):
+class TrainingError(UserError):
     """Training cannot go on: one line on stderr, exit status 1."""
-
-
-def warn(text):
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+    status = 1
 
 
 def command(main):
@@ -1474,11 +1496,9 @@ def command(main):
         try:
             main(argv)
         except UserError as error:
-            status, text = 2, error
+            status, text = error.status, error
         except torch.cuda.OutOfMemoryError as error:
             status, text = 2, f"out of GPU memory: try --checkpointing, or a smaller --batch or --size ({error})"
-        except TrainingError as error:
-            status, text = 1, error
         except KeyboardInterrupt:
             status, text = 1, "interrupted; the same command goes on from the last checkpoint"
         finally:

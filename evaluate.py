@@ -4,7 +4,6 @@ Takes run folders, of which it evaluates every classifier, or checkpoints. Print
 Markdown and writes results.json beside the checkpoints; several folders (say, of different seeds) add a table of means.
 
     python evaluate.py                                                # runs/toy
-    python evaluate.py runs/ucf101/student.pt
     torchrun --nproc-per-node 4 evaluate.py runs/ucf101               # the videos are shared among the processes
     python evaluate.py runs/toy-0 runs/toy-1 runs/toy-2
     python evaluate.py --videos holiday.mp4 clips/ --checkpoint runs/ucf101/student.pt    # any videos' top five classes

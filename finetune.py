@@ -6,7 +6,6 @@ from random weights: OUT/labeled_only.pt.
 
     python finetune.py                                           # after stage 1 on toy videos: seconds on a CPU
     python finetune.py --init none                               # the baseline
-    python finetune.py --data ucf101 --percent 5                 # one GPU
     torchrun --nproc-per-node 4 finetune.py --data ucf101 --percent 5
 """
 

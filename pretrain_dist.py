@@ -4,7 +4,6 @@ Clips of one video are to differ from each other, two augmentations of one clip 
 no label. Writes OUT/dist.pt, as stage 1a does. The student of stage 3 starts from it, too.
 
     python pretrain_dist.py                                       # toy videos: two minutes on a CPU
-    python pretrain_dist.py --data ucf101                         # one GPU
     torchrun --nproc-per-node 4 pretrain_dist.py --data ucf101    # four GPUs
     python pretrain_dist.py --invariant-weight 1                  # L_D + L_I: the paper's student start, OUT/both.pt
 """
@@ -26,11 +25,9 @@ def main(argv=None):
     parser.add("training", "--temperature", "tau of Eq. 3", type=number(float, 1e-3), default=0.1, metavar="X")
     parser.add("training", "--invariant-weight", "adds X times the invariant loss of stage 1a", type=number(float, 0),
                default=0.0, metavar="X")
-    parser.add("run", "--name", "the checkpoint is OUT/NAME.pt (default dist, or both with --invariant-weight)")
     args = parser.parse_args(argv)
     device = start(args)
     settle_arguments(args, "pretrain")
-    args.name = args.name or ("both" if args.invariant_weight else "dist")
     n = args.clips
     steps = feature_frames(args.arch, args.frames, args.size)
     if steps % n:
@@ -42,7 +39,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     embedder = Embedder(build_model(args.arch, len(videos.classes)))
     parts = {"model": embedder.backbone, "head": embedder.head}
-    run = Run(args, "pretrain_dist", args.name, embedder, parts, videos, device)
+    run = Run(args, "pretrain_dist", "both" if args.invariant_weight else "dist", embedder, parts, videos, device)
     if run.finished:
         return
     span = functools.partial(random_span, seed=args.seed, frames=n * args.frames, stride=args.stride)

@@ -4,10 +4,7 @@ Clips of one video are to agree, clips of different videos to differ. Reads the 
 OUT/inv.pt: backbone, projection head, and each video's temporal similarity matrix (Eq. 5), which stage 3 weighs by.
 
     python pretrain_inv.py                                       # toy videos: a minute on a CPU
-    python pretrain_inv.py --data ucf101                         # one GPU
     torchrun --nproc-per-node 4 pretrain_inv.py --data ucf101    # four GPUs, the same batch of 40 videos in all
-
-The loss falls from about log(2 * batch) towards 1 and less.
 """
 
 import functools
@@ -24,7 +21,6 @@ from common import (
 def main(argv=None):
     parser = Parser(__doc__, "pretrain")
     parser.add("training", "--temperature", "tau of Eq. 1", type=number(float, 1e-3), default=0.1, metavar="X")
-    parser.add("run", "--name", "the checkpoint is OUT/NAME.pt", default="inv")
     args = parser.parse_args(argv)
     device = start(args)
     settle_arguments(args, "pretrain")
@@ -36,7 +32,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     embedder = Embedder(build_model(args.arch, len(videos.classes)))
     parts = {"model": embedder.backbone, "head": embedder.head}
-    run = Run(args, "pretrain_inv", args.name, embedder, parts, videos, device)
+    run = Run(args, "pretrain_inv", "inv", embedder, parts, videos, device)
     if run.finished:
         return
     n = args.clips

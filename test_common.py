@@ -29,6 +29,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch.utils.flop_counter import FlopCounterMode
 
 import common as tb
 import evaluate
@@ -820,6 +821,26 @@ def test_teachers_stay_as_they_are_in_stage_3(chain, toy, tmp_path, monkeypatch)
     assert not torch.equal(*(weights["stem.0.weight"] for weights in changed))
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3, 4])
+def test_benchmark_prints_numbers_and_writes_nothing(stage, chain, toy, tmp_path, capsys):
+    if stage == 4:
+        earlier_checkpoints(chain, tmp_path, "student")
+    before = sorted(tmp_path.glob("*.pt"))
+    with pytest.raises(SystemExit) as end:
+        run_stage(stage, toy, tmp_path, "--benchmark", "3")
+    text = capsys.readouterr().out
+    numbers = json.loads(next(line for line in text.splitlines() if line.startswith("{")))
+    assert not end.value.code and "bottleneck:" in text and sorted(tmp_path.glob("*.pt")) == before
+    clips = {0: 2, 1: 6, 3: 1, 4: 2}[stage]  # of each video; stage 3 has as many labelled videos again
+    assert numbers["clips_per_s"] == pytest.approx(4 * clips * 1000 / numbers["ms_per_step"])
+    assert 0 <= numbers["waiting_share"] < 1 and numbers["decode_ms_per_video"] > 0
+    model = tb.build_model("r3d_tiny", 8)
+    with FlopCounterMode(display=False) as counted:
+        model(torch.zeros(4 * clips, 3, 8, 16, 16)).sum().backward()
+    flops = numbers["tflop_per_s"] * numbers["ms_per_step"] * 1e9
+    assert 0.8 < flops / counted.get_total_flops() < (1.9 if stage == 4 else 1.2)  # teachers go forward only
+
+
 @pytest.mark.parametrize("stage, names", [(0, ["inv"]), (1, ["dist"]), (4, ["student"])])
 def test_checkpointing_changes_nothing(stage, names, chain, toy, tmp_path):
     shutil.copytree(chain, tmp_path, dirs_exist_ok=True, ignore=lambda _, files: [f for f in files if f[:-3] in names])
@@ -968,6 +989,58 @@ def test_a_folder_of_one_s_own(tmp_path):
                              "unlabeled/deep/er/y (1).avi", "unlabeled/x.mkv"]
     assert train.labels.tolist() == [0, 1, 1, -1, -1] and train.classes == ["a a", "b"] == test.classes
     assert test.names() == ["test/b/3.webm"] and test.labels.tolist() == [1]
+
+
+def tree_of_real_clips(data, real_data, root):
+    """A small data set in its official layout: real clips under names of the official lists, which are cut down."""
+    clips = sorted(p for p in (real_data / "videos").iterdir() if p.suffix in tb.SUFFIXES)
+    splits, lists = real_data / "splits", {}
+    if data == "ucf101":
+        clips = [p for p in clips if p.name.startswith("v_")]
+        lists["ucfTrainTestlist/classInd.txt"] = (splits / "ucfTrainTestlist/classInd.txt").read_text().splitlines()[:4]
+        for part, count in [("train", 3), ("test", 1)]:
+            rows = (splits / f"ucfTrainTestlist/{part}list01.txt").read_text().splitlines()
+            kept = [row for line in lists["ucfTrainTestlist/classInd.txt"]
+                    for row in [r for r in rows if r.startswith(line.split()[1] + "/")][:count]]
+            lists[f"ucfTrainTestlist/{part}list01.txt"] = kept
+        names = [f"UCF-101/{row.split()[0]}" for part in ("train", "test")
+                 for row in lists[f"ucfTrainTestlist/{part}list01.txt"]]
+    elif data == "hmdb51":
+        clips, names = [p for p in clips if p.suffix == ".avi" and not p.name.startswith("v_")], []
+        for file in sorted((splits / "testTrainMulti_7030_splits").glob("*_test_split1.txt"))[:4]:
+            rows = file.read_text().splitlines()
+            kept = [row for code, count in (("1", 3), ("2", 1))
+                    for row in [r for r in rows if r.split()[1] == code][:count]]
+            lists[f"testTrainMulti_7030_splits/{file.name}"] = kept
+            names += [f"hmdb51_org/{file.name[:-16]}/{row.split()[0]}" for row in kept]
+    else:
+        clips = [p for p in clips if p.suffix == ".mp4"] if data == "kinetics400" else clips
+        test = "val" if data == "kinetics400" else "test"
+        names = [f"{part}/{c}/-x{i}{clips[i % len(clips)].suffix}" for c in ("baking cookies", "it's (2)", "c", "d")
+                 for part, count in (("train", 3), (test, 1)) for i in range(count)]
+        names += ["unlabeled/deep/er/a.avi", "unlabeled/b.avi"] if data == "folder" else []
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        alike = [p for p in clips if p.suffix == Path(name).suffix]
+        shutil.copy(alike[i % len(alike)], root / name)
+    for name, rows in lists.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("\r\n".join(rows) + "\r\n")
+
+
+@pytest.mark.parametrize("data", ["ucf101", "hmdb51", "kinetics400", "folder"])
+def test_all_stages_on_real_files(data, real_data, tmp_path):
+    tree_of_real_clips(data, real_data, tmp_path / "root")
+    for module, own in STAGES:
+        module.main([*TINY, *own, "--data", data, "--root", str(tmp_path / "root"), "--arch", "r3d_tiny",
+                     "--epochs", "1", "--out", str(tmp_path / "out")])
+    evaluate.main([str(tmp_path / "out"), "--clips", "2", "--workers", "0"])
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert [r["checkpoint"] for r in results] == ["labeled_only.pt", "dist_ft.pt", "inv_ft.pt", "student.pt"]
+    for r in results:
+        assert r["data"] == data and r["videos"] == 4 and r["unreadable"] == 0
+        assert r["labeled_count"] == 4  # one of each class
+    assert len(load(tmp_path / "out", "inv")["similarity_of"]) == (14 if data == "folder" else 12)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ Reads OUT/inv_ft.pt and OUT/dist_ft.pt, from which it takes the data set, the ne
 OUT/dist.pt, from which the student starts. Writes OUT/student.pt.
 
     python train_student.py                               # after stages 1 and 2 on toy videos: two minutes on a CPU
-    python train_student.py --data ucf101                 # one GPU
     torchrun --nproc-per-node 4 train_student.py --data ucf101
     python train_student.py --reweight mean --name mean   # both teachers alike: table 2 (f)
 
@@ -118,12 +117,9 @@ def score_videos(reweight, saved_teachers, videos):
         for name, saved in saved_teachers.items():
             if "similarity" not in saved:
                 raise UserError(f"{name} does not come from stage 1, TSTR cannot weigh it: --reweight mean or a number")
-        inv, dist = saved_teachers.values()
-        row = [{name: i for i, name in enumerate(saved["similarity_of"])} for saved in (inv, dist)]
-        both = [i for i in range(len(videos)) if videos.name(i) in row[0] and videos.name(i) in row[1]]
-        c_inv, c_dist = (saved["similarity"][[rows[videos.name(i)] for i in both]]
-                         for saved, rows in zip((inv, dist), row))
-        score[both] = similarity_score(c_inv, c_dist)
+        c = [dict(zip(saved["similarity_of"], saved["similarity"])) for saved in saved_teachers.values()]
+        both = [i for i in range(len(videos)) if all(videos.name(i) in rows for rows in c)]
+        score[both] = similarity_score(*(torch.stack([rows[videos.name(i)] for i in both]) for rows in c))
         if len(both) < len(videos):
             print0(f"{len(videos) - len(both)} videos could not be decoded after stage 1: their teachers count alike")
     return score
