@@ -413,6 +413,24 @@ def check_exact(path, expected):
     assert np.array_equal(last[0].numpy(), expected[-1]) and asked[-1] == count
 
 
+@pytest.mark.parametrize("name, most", [
+    ("xvid-like.avi", 16), ("h264.mp4", 34), ("h264.mkv", 34), ("vp9.webm", 34),  # from the keyframe before
+    ("b-frames.avi", 64), ("h264.avi", 64), ("mpeg2.mpg", 64), ("mpeg2.ts", 64)])  # counted from the start: no trial
+def test_decode_frames_decodes_what_it_must_and_no_more(name, most, tmp_path, monkeypatch):
+    path = write_video(tmp_path / name, moving_frames(96), **KINDS[name])
+    decoded, decode = [], tb.decode
+
+    def counted(*args):
+        for frame in decode(*args):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(tb, "decode", counted)
+    frames = tb.decode_frames(path, range(60, 64))
+    assert np.array_equal(frames.numpy(), full_decode(path)[60:64])
+    assert len(decoded) == most if most == 64 else 4 <= len(decoded) <= most
+
+
 def test_decode_frames_in_any_size_and_orientation(tmp_path):
     tall = write_video(tmp_path / "tall.mp4", moving_frames(20, 96, 64), "libx264")
     assert tb.decode_frames(tall, [3], short_side=32).shape == (1, 48, 32, 3)
