@@ -497,12 +497,13 @@ def test_decode_frames_of_damaged_files(tmp_path):
             tb.decode_frames(tmp_path / name, [0])
 
 
-def test_decode_frames_of_names_that_look_like_something_else(tmp_path):
+def test_decode_frames_of_names_that_look_like_something_else(tmp_path, monkeypatch):
     frames = moving_frames(3)
+    monkeypatch.chdir(tmp_path)
     for name in ("http:, %d #1 [x](y)'s & co.avi", "-dash.avi", "pipe:0.avi", "späße;.avi", "a b?.avi", "no_ending"):
         source = write_video(tmp_path / "plain.avi", frames)
         source.rename(tmp_path / name)
-        assert tb.decode_frames(tmp_path / name, [2]).shape == (1, 48, 64, 3)
+        assert tb.decode_frames(name, [2]).shape == tb.decode_frames(tmp_path / name, [2]).shape == (1, 48, 64, 3)
 
 
 def test_decode_frames_of_real_files(real_data):
