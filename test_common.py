@@ -1228,6 +1228,15 @@ def test_an_interrupted_stage_goes_on_to_the_same_weights(stage, name, where, at
         assert line["loss"] == json.loads(expected)["loss"]
 
 
+def test_a_second_ctrl_c_does_not_wait(monkeypatch):
+    monkeypatch.setattr(tb.Signals, "deferring", True)
+    monkeypatch.setattr(tb.Signals, "requested", False)
+    for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends the second one
+        tb.Signals.handle(number, None)
+    with pytest.raises(KeyboardInterrupt):
+        tb.Signals.handle(signal.SIGINT, None)
+
+
 def test_sigterm_saves_the_step_in_hand(toy, chain, tmp_path):
     interrupted(0, "step", 8, signal.SIGTERM, toy, tmp_path)
     saved = load(tmp_path, "inv")
@@ -1332,11 +1341,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(toy, tmp_path, monkeypatch, cap
     assert saved["epoch"] == 1 and all(w.isfinite().all() for w in saved["model"].values())
 
 
-def torchrun(code_or_script, *argv, processes=2, flags=(), timeout=180):
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *flags]
-    return subprocess.run([sys.executable, "-m", *launcher, code_or_script, *map(str, argv)], cwd=HERE, env=environment,
-                          capture_output=True, text=True, timeout=timeout)
+def torchrun(script, *argv, flags=(), interrupt=lambda: False):
+    """Run a script in two processes; send Ctrl-C to all of them, as a terminal does, as soon as interrupt() says so."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", *flags]
+    process = subprocess.Popen([sys.executable, "-m", *launcher, script, *map(str, argv)], cwd=HERE, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 150
+    while process.poll() is None and not interrupt() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+
+
+def test_ctrl_c_under_torchrun(toy, tmp_path):
+    flags = [*TINY, "--clips", "2", "--root", toy, "--epochs", "12", "--out"]
+    assert torchrun("pretrain_inv.py", *flags, tmp_path / "whole").returncode == 0
+    log = tmp_path / "stopped/inv.log"
+    stopped = torchrun("pretrain_inv.py", *flags, tmp_path / "stopped",
+                       interrupt=lambda: log.exists() and log.read_text().count("\n") >= 4)
+    assert stopped.returncode != 0 and "interrupted; the same command goes on" in stopped.stderr, stopped.stderr
+    saved = load(tmp_path / "stopped", "inv")
+    assert 3 <= saved["epoch"] < 12 and not saved["finished"]
+    assert torchrun("pretrain_inv.py", *flags, tmp_path / "stopped", "--workers", "1").returncode == 0
+    assert_same_checkpoints(tmp_path / "whole", tmp_path / "stopped", ["inv"])
 
 
 def test_torchrun_trains_resumes_and_evaluates(chain, toy, tmp_path):
@@ -1416,11 +1445,18 @@ def test_memory_and_files_stay_flat_over_200_epochs(tmp_path):
     (train_student, " ".join(TINY) + " --lr 0.1 --name again", "lr"), (evaluate, "OUT/inv.pt", "inv.pt"),
     (evaluate, "/nowhere", "/nowhere"), (evaluate, "OUT/empty", "empty"), (evaluate, "OUT --scales 2", "--scales"),
     (evaluate, "OUT --root /nowhere", "/nowhere"), (evaluate, "OUT/bad/other.pt", "classes"),
+    (pretrain_inv, "--out OUT/inv.pt/x", "cannot be written"),
+    (pretrain_inv, "--data folder --root OUT/empty", "train"),
+    (pretrain_inv, "--data kinetics400 --root OUT/hollow", "no training videos"),
+    (finetune, "--labeled-list OUT/empty/list.txt", "names no video"),
+    (evaluate, "--videos OUT", "--checkpoint"), (evaluate, "--videos OUT/bad --checkpoint OUT/inv.pt", "inv.pt"),
 ])
 def test_mistakes_cost_one_line(module, flags, word, chain, toy, tmp_path, capsys):
     shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
     (tmp_path / "student.pt").rename(tmp_path / "again.pt")
+    (tmp_path / "hollow/train/class").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/list.txt").touch()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/broken.pt").write_bytes((tmp_path / "inv.pt").read_bytes()[:5000])
     (tmp_path / "bad/text.pt").write_text("no tensors")
@@ -1435,3 +1471,15 @@ def test_mistakes_cost_one_line(module, flags, word, chain, toy, tmp_path, capsy
         module.main([*argv, "--device", "cpu"])
     error = capsys.readouterr().err.strip()
     assert end.value.code == 2 and word in error and "\n" not in error and error.startswith(module.__name__), error
+
+
+def test_out_of_gpu_memory_names_the_flags_that_help(capsys):
+    @tb.command
+    def main(argv=None):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+
+    with pytest.raises(SystemExit) as end:
+        main()
+    error = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and "\n" not in error
+    assert all(flag in error for flag in ("--checkpointing", "--batch", "--size"))
