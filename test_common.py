@@ -1244,7 +1244,7 @@ def test_sigterm_saves_the_step_in_hand(toy, chain, tmp_path):
 
 
 def test_interrupted_rendering_goes_on(toy, tmp_path):
-    for at, number in [(3, signal.SIGKILL), (5, signal.SIGINT)]:
+    for at, number in [(3, signal.SIGKILL), (5, signal.SIGTERM)]:
         code = f"import common; common.encode_video; common.render_toy({str(tmp_path / 'toy')!r}, 24, 8)"
         wrapped = SIGNALLED.replace("module = __import__(sys.argv[4])\nmodule.main(sys.argv[5:])\n", code)
         dead = subprocess.run([sys.executable, "-c", wrapped, "encode", str(at), str(int(number))], cwd=HERE,
