@@ -506,17 +506,16 @@ def read_videos(data, root, train, split=1, pool="train"):
         folder, part = root, "train" if train else "val" if data == "kinetics400" else "test"
         classes = [c for c in list_folder(root / "train") if (root / "train" / c).is_dir()]
         names = [f"{part}/{c}/{file}" for c in classes for file in list_videos(root / part / c)]
-        if odd := {c for c in list_folder(root / part) if (root / part / c).is_dir()} - set(classes):
+        if not train and (odd := {c for c in list_folder(root / part) if (root / part / c).is_dir()} - set(classes)):
             print0(f"warning: {root / part} has classes that {root / 'train'} has not, left out: {', '.join(odd)}")
         if data == "folder" and train:
-            names += sorted(os.path.relpath(os.path.join(top, file), root)
-                            for top, _, _ in os.walk(root / "unlabeled") for file in list_videos(top))
+            names += [os.path.relpath(path, root) for path in walk_videos(root / "unlabeled")]
     elif data == "hmdb51":
         folder, lists, ending = root / "hmdb51_org", root / "testTrainMulti_7030_splits", f"_test_split{split}.txt"
         codes = "2" if not train else "1" if pool == "train" else "01"
         classes = [file.removesuffix(ending) for file in list_folder(lists) if file.endswith(ending)]
-        rows = [(c, *line.rpartition(" ")) for c in classes for line in read_lines(lists / (c + ending))]
-        names = [f"{c}/{file.strip()}" for c, file, _, code in rows if code in codes]
+        rows = [(c, *line.rsplit(maxsplit=1)) for c in classes for line in read_lines(lists / (c + ending))]
+        names = [f"{c}/{file}" for c, file, code in rows if code in codes]
     else:  # ucf101 and toy
         folder, lists = root / "UCF-101", root / "ucfTrainTestlist"
         classes = [line.split()[-1] for line in read_lines(lists / "classInd.txt")]
@@ -545,6 +544,11 @@ def list_videos(folder):
         return []
     with os.scandir(folder) as entries:
         return sorted(e.name for e in entries if e.name.lower().endswith(SUFFIXES) and e.is_file())
+
+
+def walk_videos(folder):
+    """The paths of the video files in a folder and below it, sorted."""
+    return sorted(os.path.join(top, name) for top, _, _ in os.walk(folder) for name in list_videos(top))
 
 
 def labeled_subset(names, labels, percent, seed=0):
@@ -607,9 +611,12 @@ def training_videos(args):
 
 def labeled_of_teachers(teachers, videos):
     """The labelled videos that teachers were fine-tuned on, all others' labels hidden -> sorted numbers."""
+    for name, saved in teachers.items():
+        if saved["classes"] != videos.classes:
+            raise UserError(f"{name} was fine-tuned on other classes than those of {videos.folder}")
     names, *others = [saved["labeled"] for saved in teachers.values()]
     number = {videos.name(i): i for i in range(len(videos))}
-    if others and others != [names]:
+    if any(other != names for other in others):
         raise UserError(f"{' and '.join(teachers)} were fine-tuned on different labelled videos")
     if absent := [name for name in names if name not in number]:
         raise UserError(f"{videos.folder}: without {len(absent)} of the teachers' labelled videos, such as {absent[0]}")
@@ -667,7 +674,7 @@ def toy_clip(label, rng):
     video = []
     for part, (move, length) in enumerate(zip(moves, [cut, count - cut])):
         way, side, turn = np.linspace(-1, 1, length), rng.choice([-1, 1]), np.zeros(length)
-        x, y, r = way * 0 + rng.uniform(20, 36), way * 0 + rng.uniform(16, 24), way * 0 + (11 if composite else 13)
+        x, y, r = (np.full(length, v) for v in (rng.uniform(20, 36), rng.uniform(16, 24), 11 if composite else 13))
         if move == "swing":
             swing = 8 * np.sin(2 * np.pi * (np.arange(length) / rng.uniform(8, 16) + rng.random()))
             x, y = (x + swing, y) if side > 0 else (x, y + swing)
@@ -922,10 +929,10 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def print0(*text, sep=" "):
+def print0(*text):
     """Print from the first process, above the progress bar."""
     if rank() == 0:
-        tqdm.write(sep.join(map(str, text)))
+        tqdm.write(" ".join(map(str, text)))
 
 
 def own_share(items):
@@ -993,11 +1000,11 @@ def start(args):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        store, number, count = next(dist.rendezvous("env://"))
+        store, place, size = next(dist.rendezvous("env://"))
         # Else gloo finds the addresses of processes that torchrun has replaced (--max-restarts).
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=count)
+        dist.init_process_group(backend, store=store, rank=place, world_size=size)
     if args.precision is None:
         fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else any(
             torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
@@ -1044,7 +1051,8 @@ class Run:
         self.facts = {"stage": stage, "arch": args.arch, "classes": videos.classes,
                       "video_set": set_digest(videos.names()), "labeled": [videos.name(i) for i in labeled]}
         self.path, self.log_path = Path(args.out) / f"{name}.pt", Path(args.out) / f"{name}.log"
-        self.epoch, self.step, self.sums, self.finished, self.pending, self.stopping = 0, 0, {}, False, None, False
+        self.epoch, self.step, self.sums, self.finished = 0, 0, {}, False
+        self.pending, self.stopping = None, False
         net.to(device, memory_format=torch.channels_last_3d)
         if world_size() > 1 and device.type == "cuda":
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
@@ -1056,8 +1064,7 @@ class Run:
             self.resume(read_checkpoint(self.path))
         elif not args.benchmark:
             versions = {module.__name__: module.__version__ for module in (torch, torchvision, av, np)}
-            commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
-            self.write_log([json.dumps({"command": " ".join(sys.argv), "commit": commit, **versions})])
+            self.write_log([json.dumps({"command": " ".join(sys.argv), "commit": git_commit(), **versions})])
         if args.checkpointing:
             checkpoint_stages(parts["model"])
         for stage in parts["model"].stages() if args.compile else ():
@@ -1143,6 +1150,7 @@ class Run:
 
     def benchmark(self, stream, warmup=5):
         """The steps of --benchmark; then a table of what they took, the same as one JSON line, and the end."""
+        Signals.deferring = False  # nothing is to be saved
         with FlopCounterMode(display=False) as flops:
             yield self.next_batch(stream)
         for k in range(warmup + self.args.benchmark):
@@ -1161,7 +1169,9 @@ class Run:
                    "waiting_share": self.waiting / self.args.benchmark / step,
                    "tflop_per_s": flops.get_total_flops() * world_size() / step / 1e12,
                    "gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0}
-        print0("\n".join(f"{key:20} {value:10.4g}" for key, value in numbers.items()), json.dumps(numbers), sep="\n")
+        for key, value in numbers.items():
+            print0(f"{key:20} {value:10.4g}")
+        print0(json.dumps(numbers))
         print0("bottleneck:", "decoding: --workers" if numbers["waiting_share"] > 0.1 else "the network: --precision")
         raise SystemExit
 
@@ -1215,6 +1225,13 @@ class Run:
     def finish(self, **more):
         self.save(finished=True, **more)
         print0(f"wrote {self.path}")
+
+
+def git_commit():
+    """The commit of this code, where it lies in a git repository."""
+    call = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -1274,6 +1291,13 @@ def load_finished(names, folder, stages):
             raise UserError(f"{path}: unfinished at epoch {saved['epoch']}, run its stage first")
         contents[name] = {key: value for key, value in saved.items() if key != "optimizer"}
     return contents
+
+
+def load_classifier(saved, device):
+    """The classifier of a checkpoint's content, in eval mode, without gradient."""
+    model = build_model(saved["arch"], len(saved["classes"]))
+    model.load_state_dict(saved["model"])
+    return model.to(device, memory_format=torch.channels_last_3d).requires_grad_(False).eval()
 
 
 def load_backbone(model, path, saved):

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from common import (
-    Parser, UserError, Videos, build_model, class_probabilities, command, list_videos, number, print0, rank,
-    read_checkpoint, read_videos, start, write_atomically)
+    Parser, UserError, Videos, class_probabilities, command, load_classifier, number, print0, rank, read_checkpoint,
+    read_videos, start, walk_videos, write_atomically)
 
 
 @command
@@ -110,10 +110,8 @@ def evaluate(file, saved, args, device):
 
 def classify(videos, file, saved, args, device):
     """Class probabilities by a checkpoint's content, as class_probabilities gives them."""
-    model = build_model(saved["arch"], len(saved["classes"]))
-    model.load_state_dict(saved["model"])
-    model.to(device, memory_format=torch.channels_last_3d)
     settings = argparse.Namespace(**{**saved["args"], "workers": args.workers, "precision": args.precision})
+    model = load_classifier(saved, device)
     return class_probabilities(model, videos, args.clips, args.scales, settings, device, file.name)
 
 
@@ -122,10 +120,10 @@ def predict(args, device):
     (_, ((file, saved),)), = find_classifiers([args.checkpoint]).items()
     names = []
     for path in args.videos:
-        found = [os.path.join(top, name) for top, _, _ in os.walk(path) for name in list_videos(top)]
-        if not (found or os.path.isfile(path)):
+        found = [path] if os.path.isfile(path) else walk_videos(path)
+        if not found:
             raise UserError(f"{path}: no video here")
-        names += sorted(found) or [path]
+        names += found
     videos = Videos("", names, [-1] * len(names), saved["classes"])
     rows, unreadable = classify(videos, file, saved, args, device)
     predictions = []

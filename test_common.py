@@ -38,6 +38,8 @@ import pretrain_dist
 import pretrain_inv
 import train_student
 
+HERE = Path(tb.__file__).parent
+
 # ---- Losses and TSTR, against loops transcribed from the paper -------------------------------------------------------
 
 def h(u1, u2, tau):
@@ -809,7 +811,7 @@ def test_two_processes_compute_what_one_does(chain, toy, tmp_path):
         if processes == 2:
             shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         running = [subprocess.Popen(
-            [sys.executable, "-c", PROBE, toy, chain, out], cwd=Path(tb.__file__).parent, stdout=subprocess.PIPE,
+            [sys.executable, "-c", PROBE, toy, chain, out], cwd=HERE, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(processes)]
         for process in running:
             text, _ = process.communicate(timeout=200)
@@ -823,13 +825,13 @@ def test_two_processes_compute_what_one_does(chain, toy, tmp_path):
 
 
 def test_teachers_stay_as_they_are_in_stage_3(chain, toy, tmp_path, monkeypatch):
-    teachers, frozen = [], train_student.frozen
+    teachers, load_classifier = [], train_student.load_classifier
 
     def remembered(*args):
-        teachers.append(frozen(*args))
+        teachers.append(load_classifier(*args))
         return teachers[-1]
 
-    monkeypatch.setattr(train_student, "frozen", remembered)
+    monkeypatch.setattr(train_student, "load_classifier", remembered)
     shutil.copytree(chain, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("student*"))
     run_stage(4, toy, tmp_path)
     for teacher, name in zip(teachers, ("inv_ft", "dist_ft"), strict=True):
@@ -1161,7 +1163,6 @@ def test_unreadable_test_videos_count_as_wrong(broken, tmp_path, capsys):
 
 # ---- What a run may rely on ------------------------------------------------------------------------------------------
 
-HERE = Path(tb.__file__).parent
 SIGNALLED = """
 import os, signal, sys, time, common
 where, at, number, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), []
@@ -1173,16 +1174,9 @@ def after(function):
             os.kill(os.getpid(), number)
         return result
     return wrapped
-if where == "step":
-    common.Run.record = after(common.Run.record)
-elif where == "decode":
-    common.decode_frames = after(common.decode_frames)
-elif where == "similarity":
-    common.temporal_similarity = after(common.temporal_similarity)
-elif where == "write":
-    common.write_atomically = after(common.write_atomically)
-elif where == "encode":
-    common.encode_video = after(common.encode_video)
+owner, name = {"step": (common.Run, "record"), "similarity": (common, "temporal_similarity"),
+               "write": (common, "write_atomically"), "encode": (common, "encode_video")}[where]
+setattr(owner, name, after(getattr(owner, name)))
 module = __import__(sys.argv[4])
 module.main(sys.argv[5:])
 """
@@ -1245,7 +1239,7 @@ def test_sigterm_saves_the_step_in_hand(toy, chain, tmp_path):
 
 def test_interrupted_rendering_goes_on(toy, tmp_path):
     for at, number in [(3, signal.SIGKILL), (5, signal.SIGTERM)]:
-        code = f"import common; common.encode_video; common.render_toy({str(tmp_path / 'toy')!r}, 24, 8)"
+        code = f"common.render_toy({str(tmp_path / 'toy')!r}, 24, 8)"
         wrapped = SIGNALLED.replace("module = __import__(sys.argv[4])\nmodule.main(sys.argv[5:])\n", code)
         dead = subprocess.run([sys.executable, "-c", wrapped, "encode", str(at), str(int(number))], cwd=HERE,
                               capture_output=True, timeout=120)
@@ -1255,7 +1249,7 @@ def test_interrupted_rendering_goes_on(toy, tmp_path):
         assert file.read_bytes() == (tmp_path / "toy" / file.relative_to(toy)).read_bytes()
 
 
-@pytest.mark.skipif("TIMEBALANCE_STRESS" not in os.environ, reason="TIMEBALANCE_STRESS is not set: takes half an hour")
+@pytest.mark.skipif("TIMEBALANCE_STRESS" not in os.environ, reason="TIMEBALANCE_STRESS is not set: takes minutes")
 @pytest.mark.parametrize("stage, name", [(0, "inv"), (1, "dist"), (3, "labeled_only"), (4, "student")])
 def test_twenty_kills_at_random_moments(stage, name, chain, toy, tmp_path):
     earlier_checkpoints(chain, tmp_path, name)

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 from common import (
     WEAK, Parser, Pool, Run, UserError, VideoStream, augment, autocast, build_model, choose_labeled, combine_teachers,
-    command, distillation_loss, draw, labeled_of_teachers, load_backbone, load_finished, number, print0, random_span,
-    settle_arguments, similarity_score, start, to_input, training_videos)
+    command, distillation_loss, draw, labeled_of_teachers, load_backbone, load_classifier, load_finished, number,
+    print0, random_span, settle_arguments, similarity_score, start, to_input, training_videos)
 
 
 @command
@@ -59,7 +59,7 @@ def main(argv=None):
     run = Run(args, "student", args.name, student, {"model": student}, videos, device, labeled)
     if run.finished:
         return
-    teachers = [frozen(saved, len(videos.classes), device) for saved in saved_teachers.values()]
+    teachers = [load_classifier(saved, device) for saved in saved_teachers.values()]
     score = score_videos(args.reweight, saved_teachers, videos)  # s of every video
     pools = [Pool(unlabeled, args.batch, cycle=False), Pool(labeled, args.batch, cycle=True)]
     span = functools.partial(random_span, seed=args.seed, frames=args.frames, stride=args.stride)
@@ -96,15 +96,6 @@ def main(argv=None):
     run.finish()
 
 
-def frozen(saved, num_classes, device):
-    """A teacher: eval mode, no gradient."""
-    if len(saved["classes"]) != num_classes:
-        raise UserError(f"a teacher has {len(saved['classes'])} classes, the data set {num_classes}")
-    model = build_model(saved["arch"], num_classes)
-    model.load_state_dict(saved["model"])
-    return model.to(device, memory_format=torch.channels_last_3d).requires_grad_(False).eval()
-
-
 def weighting(text):
     """The argparse type of --reweight."""
     return text if text in ("tstr", "mean") else number(float, 0, 1)(text)
@@ -117,9 +108,10 @@ def score_videos(reweight, saved_teachers, videos):
         for name, saved in saved_teachers.items():
             if "similarity" not in saved:
                 raise UserError(f"{name} does not come from stage 1, TSTR cannot weigh it: --reweight mean or a number")
-        c = [dict(zip(saved["similarity_of"], saved["similarity"])) for saved in saved_teachers.values()]
-        both = [i for i in range(len(videos)) if all(videos.name(i) in rows for rows in c)]
-        score[both] = similarity_score(*(torch.stack([rows[videos.name(i)] for i in both]) for rows in c))
+        rows = [{name: i for i, name in enumerate(saved["similarity_of"])} for saved in saved_teachers.values()]
+        both = [i for i, name in enumerate(videos.names()) if all(name in row for row in rows)]
+        score[both] = similarity_score(*(saved["similarity"][[row[videos.name(i)] for i in both]]
+                                         for saved, row in zip(saved_teachers.values(), rows)))
         if len(both) < len(videos):
             print0(f"{len(videos) - len(both)} videos could not be decoded after stage 1: their teachers count alike")
     return score
