@@ -2,8 +2,7 @@
 
 Losses - TSTR - models - data - toy videos - distributed - optimisation - checkpoints - evaluation - arguments.
 The method comes first and takes tensors, paths and plain numbers alone: any function or class above "distributed" can
-be copied into other code with the few names that it calls.
-"""
+be copied into other code with the few names that it calls."""
 
 import argparse
 import contextlib
@@ -13,13 +12,14 @@ import json
 import math
 import os
 import pickle
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import av
 import numpy as np
@@ -27,7 +27,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from av.video.reformatter import VideoReformatter
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
@@ -40,18 +39,16 @@ from tqdm import tqdm
 def cosine_similarity(a, b):
     """Sim(., .) of Eq. 5 and tau * log h(., .) of Eq. 1-3 for all pairs: (..., n, d), (..., m, d) -> (..., n, m).
 
-    In float32 inside autocast too: in bfloat16 a cosine of 0.9 is off by 0.002, which 1 / tau multiplies by ten.
-    """
+    In float32 inside autocast too: in bfloat16 a cosine of 0.9 is off by 0.002, which 1 / tau multiplies by ten."""
     with torch.autocast(a.device.type, enabled=False):
         return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).transpose(-1, -2)
 
 
 def check_clips(z, other=None):
     """ValueError unless z is (B, n >= 2, d) and `other`, where given, of the same shape."""
-    if z.ndim != 3 or z.shape[1] < 2:
-        raise ValueError(f"expected (videos, clips >= 2, dimensions), got {tuple(z.shape)}")
-    if other is not None and other.shape != z.shape:
-        raise ValueError(f"expected two tensors of one shape, got {tuple(z.shape)} and {tuple(other.shape)}")
+    shapes = [tuple(t.shape) for t in (z, other) if t is not None]
+    if len(set(shapes)) > 1 or z.ndim != 3 or z.shape[1] < 2:
+        raise ValueError(f"expected (videos, clips >= 2, dimensions), one shape, got {shapes}")
 
 
 def invariant_loss(z, temperature=0.1):
@@ -61,8 +58,7 @@ def invariant_loss(z, temperature=0.1):
     of clips of one video, which is the paper's sum up to a factor B * n * (n - 1). ValueError for other shapes.
 
     Eq. 1 as printed: the indicator covers the first term of the denominator alone. So the anchor z[i, t1] meets clip t1
-    of the other videos, and clip t2 of every video; the latter's j = i is the positive.
-    """
+    of the other videos, and clip t2 of every video; the latter's j = i is the positive."""
     check_clips(z)
     B, n, _ = z.shape
     if B < 2:
@@ -85,8 +81,7 @@ def distinctive_loss(z, z_aug, temperature=0.1):
 
     The negatives of an anchor are the other timestamps of its own video in both augmentations. Two readings of Eq. 3:
     its denominator also holds the positive (as printed, without it, the loss has no lower bound), and a clip of either
-    augmentation serves as anchor.
-    """
+    augmentation serves as anchor."""
     check_clips(z, z_aug)
     B, n, _ = z.shape
     views = torch.cat([z, z_aug], 1)  # (B, 2n, d)
@@ -101,8 +96,7 @@ def unpooled_distinctive_loss(z_local, z_global, temperature=0.1):
 
     z_local: (B, n, d), the n >= 2 short clips of B videos, pooled over time. z_global: (B, n, d), the n temporal slices
     of the long clip that spans them. Of any norm. Returns a scalar: InfoNCE over the video's n slices for each clip and
-    over its n clips for each slice, mean over both and over videos. ValueError for other shapes.
-    """
+    over its n clips for each slice, mean over both and over videos. ValueError for other shapes."""
     check_clips(z_local, z_global)
     B, n, _ = z_local.shape
     logits = cosine_similarity(z_local, z_global) / temperature  # B, clip, slice
@@ -115,9 +109,7 @@ def distillation_loss(p_student, p_teacher, kind="l2"):
 
     p_student, p_teacher: (B, C) probabilities. Returns a scalar: the sum over classes of the squared difference ("l2"),
     KL(teacher || student) ("kl") or the Jensen-Shannon divergence ("js"), mean over the batch. Probabilities under 1e-8
-    count as 1e-8 inside logarithms, so one-hot vectors have finite values and gradients. ValueError for other shapes or
-    kinds.
-    """
+    count as 1e-8 inside logarithms: one-hot vectors have finite gradients. ValueError for other shapes or kinds."""
     if p_student.ndim != 2 or p_student.shape != p_teacher.shape:
         raise ValueError(f"expected two (B, C), got {tuple(p_student.shape)} and {tuple(p_teacher.shape)}")
     p_student, p_teacher = p_student.float(), p_teacher.float()
@@ -126,15 +118,13 @@ def distillation_loss(p_student, p_teacher, kind="l2"):
         return (p * (p.clamp_min(1e-8).log() - q.clamp_min(1e-8).log())).sum(1)
 
     if kind == "l2":
-        loss = (p_teacher - p_student).square().sum(1)
-    elif kind == "kl":
-        loss = kl(p_teacher, p_student)
-    elif kind == "js":
+        return (p_teacher - p_student).square().sum(1).mean()
+    if kind == "kl":
+        return kl(p_teacher, p_student).mean()
+    if kind == "js":
         middle = (p_teacher + p_student) / 2
-        loss = (kl(p_teacher, middle) + kl(p_student, middle)) / 2
-    else:
-        raise ValueError(f"unknown distillation loss {kind!r}: l2, kl or js")
-    return loss.mean()
+        return (kl(p_teacher, middle) + kl(p_student, middle)).mean() / 2
+    raise ValueError(f"unknown distillation loss {kind!r}: l2, kl or js")
 
 
 # ---- Temporal similarity based teacher reweighting (TSTR, Sec. 3.2) --------------------------------------------------
@@ -147,8 +137,7 @@ def temporal_similarity(z):
 def similarity_score(c_inv, c_dist):
     """s, Eq. 6: the mean of the off-diagonal elements of both teachers' (B, n, n) matrices -> (B,), clamped to [0, 1].
 
-    A cosine can be negative, a weight cannot: hence the clamp, which the paper leaves open.
-    """
+    A cosine can be negative, a weight cannot: hence the clamp, which the paper leaves open."""
     check_clips(c_inv, c_dist)
     n = c_inv.shape[1]
     diagonal = torch.eye(n, dtype=torch.bool, device=c_inv.device)
@@ -164,13 +153,32 @@ def combine_teachers(p_inv, p_dist, score):
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
-class R3D(nn.Module):
+class Backbone(nn.Module):
+    """What both networks share: their modules `stages()`, one after the other, make the features."""
+
+    def features(self, x):
+        """(B, 3, T, H, W) -> (B, D, T'), pooled over space only."""
+        for stage in self.stages():
+            x = stage(x)
+        return x.mean((3, 4))
+
+    def initialise(self, mean, std):
+        """torchvision's and PyTorchVideo's initial weights; mean, std: theirs expect RGB in [0, 1] so normalised."""
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, 0, 0.01)
+                nn.init.zeros_(module.bias)
+
+
+class R3D(Backbone):
     """torchvision's r3d_18, key for key and shape for shape, except that layer4 keeps the time axis.
 
     Its first convolution and its downsampling have no temporal stride, the convolution a temporal dilation of 2
-    instead: 16 frames leave 4 time steps, which L_D2 needs. r3d_18 has width 64 and 2 blocks a layer.
-    (B, 3, T, H, W) -> logits (B, num_classes).
-    """
+    instead: 16 frames leave T' = 4 time steps, which L_D2 needs. r3d_18 has width 64 and 2 blocks a layer."""
 
     def __init__(self, num_classes, width=64, depth=2):
         super().__init__()
@@ -191,16 +199,10 @@ class R3D(nn.Module):
         self.fc = nn.Linear(8 * width, num_classes)
         conv, shortcut = self.layer4[0].conv1[0], self.layer4[0].downsample[0]
         conv.stride, conv.dilation, conv.padding, shortcut.stride = (1, 2, 2), (2, 1, 1), (2, 1, 1), (1, 2, 2)
-        initialise(self, mean=(0.43216, 0.394666, 0.37645), std=(0.22803, 0.22145, 0.216989))
+        self.initialise(mean=(0.43216, 0.394666, 0.37645), std=(0.22803, 0.22145, 0.216989))
 
     def stages(self):
         return [self.stem, self.layer1, self.layer2, self.layer3, self.layer4]
-
-    def features(self, x):
-        """(B, 3, T, H, W) -> (B, 8 * width, T / 4, rounded up), pooled over space only."""
-        for stage in self.stages():
-            x = stage(x)
-        return x.mean((3, 4))
 
     def forward(self, x):
         return self.fc(self.features(x).mean(2))
@@ -218,35 +220,27 @@ class Bottleneck(nn.Module):
         padding = temporal_kernel // 2
         self.branch2 = nn.Sequential(OrderedDict(
             conv_a=nn.Conv3d(dim_in, dim_inner, (temporal_kernel, 1, 1), padding=(padding, 0, 0), bias=False),
-            norm_a=nn.BatchNorm3d(dim_inner),
-            act_a=nn.ReLU(inplace=True),
+            norm_a=nn.BatchNorm3d(dim_inner), act_a=nn.ReLU(inplace=True),
             conv_b=nn.Conv3d(dim_inner, dim_inner, (1, 3, 3), (1, stride, stride), (0, 1, 1), bias=False),
-            norm_b=nn.BatchNorm3d(dim_inner),
-            act_b=nn.ReLU(inplace=True),
-            conv_c=nn.Conv3d(dim_inner, dim_out, 1, bias=False),
-            norm_c=nn.BatchNorm3d(dim_out),
-        ))
+            norm_b=nn.BatchNorm3d(dim_inner), act_b=nn.ReLU(inplace=True),
+            conv_c=nn.Conv3d(dim_inner, dim_out, 1, bias=False), norm_c=nn.BatchNorm3d(dim_out)))
+        nn.init.zeros_(self.branch2.norm_c.weight)
 
     def forward(self, x):
         shortcut = x if self.branch1_conv is None else self.branch1_norm(self.branch1_conv(x))
         return F.relu(shortcut + self.branch2(x))
 
 
-class SlowR50(nn.Module):
+class SlowR50(Backbone):
     """PyTorchVideo's slow_r50 (3D-ResNet-50 of the paper), key for key and number for number, for any input size.
 
-    No temporal stride anywhere, temporal kernels of 3 in the last two stages only.
-    (B, 3, T, H, W) -> logits (B, num_classes).
-    """
+    No temporal stride anywhere, temporal kernels of 3 in the last two stages only."""
 
     def __init__(self, num_classes):
         super().__init__()
         stem = nn.Sequential(OrderedDict(
-            conv=nn.Conv3d(3, 64, (1, 7, 7), (1, 2, 2), (0, 3, 3), bias=False),
-            norm=nn.BatchNorm3d(64),
-            activation=nn.ReLU(inplace=True),
-            pool=nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
-        ))
+            conv=nn.Conv3d(3, 64, (1, 7, 7), (1, 2, 2), (0, 3, 3), bias=False), norm=nn.BatchNorm3d(64),
+            activation=nn.ReLU(inplace=True), pool=nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))))
         stages, dim_in = [], 64
         for depth, inner, kernel, stride in [(3, 64, 1, 1), (4, 128, 1, 2), (6, 256, 3, 2), (3, 512, 3, 2)]:
             blocks = nn.Sequential()
@@ -256,37 +250,13 @@ class SlowR50(nn.Module):
             stages.append(nn.Sequential(OrderedDict(res_blocks=blocks)))
         head = nn.Sequential(OrderedDict(dropout=nn.Dropout(0.5), proj=nn.Linear(dim_in, num_classes)))
         self.blocks = nn.Sequential(stem, *stages, head)
-        initialise(self, mean=(0.45, 0.45, 0.45), std=(0.225, 0.225, 0.225))
-        for module in self.modules():
-            if isinstance(module, Bottleneck):
-                nn.init.zeros_(module.branch2.norm_c.weight)
+        self.initialise(mean=(0.45, 0.45, 0.45), std=(0.225, 0.225, 0.225))
 
     def stages(self):
         return self.blocks[:-1]
 
-    def features(self, x):
-        """(B, 3, T, H, W) -> (B, 2048, T), pooled over space only."""
-        for stage in self.stages():
-            x = stage(x)
-        return x.mean((3, 4))
-
     def forward(self, x):
         return self.blocks[-1](self.features(x).mean(2))
-
-
-def initialise(model, mean, std):
-    """The initial weights that torchvision and PyTorchVideo agree on (BatchNorm's are torch's default).
-
-    model.mean and model.std become what their published weights expect RGB in [0, 1] to be normalised by.
-    """
-    model.register_buffer("mean", torch.tensor(mean), persistent=False)
-    model.register_buffer("std", torch.tensor(std), persistent=False)
-    for module in model.modules():
-        if isinstance(module, nn.Conv3d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, 0, 0.01)
-            nn.init.zeros_(module.bias)
 
 
 ARCHS = {"r3d_18": R3D, "slow_r50": SlowR50, "r3d_tiny": functools.partial(R3D, width=16, depth=1)}
@@ -297,27 +267,18 @@ def build_model(arch, num_classes):
     """A classifier of clips, (B, 3, T, H, W) -> logits (B, num_classes), with .features(x) -> (B, D, T').
 
     arch: r3d_18 (D = 512, T' = T / 4), slow_r50 (D = 2048, T' = T), or r3d_tiny, an r3d of a quarter of the width and
-    half the depth (D = 128). The state dict has torchvision's (r3d) or PyTorchVideo's (slow_r50) keys. ValueError for
-    other names.
-    """
+    half the depth (D = 128). The state dict has torchvision's or PyTorchVideo's keys. ValueError for other names."""
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}: {', '.join(ARCHS)}")
     return ARCHS[arch](num_classes)
-
-
-def feature_frames(arch, frames, size):
-    """T' of .features for clips of so many frames and pixels, computed without data."""
-    with torch.device("meta"):
-        return build_model(arch, 1).features(torch.empty(1, 3, frames, size, size)).shape[2]
 
 
 class ProjectionHead(nn.Sequential):
     """g, supplement B.1.2: (B, dim) clip features -> (B, 128) of unit length."""
 
     def __init__(self, dim):
-        super().__init__(
-            nn.Linear(dim, 512), nn.BatchNorm1d(512), nn.ReLU(inplace=True),
-            nn.Linear(512, 128, bias=False), nn.BatchNorm1d(128))
+        super().__init__(nn.Linear(dim, 512), nn.BatchNorm1d(512), nn.ReLU(inplace=True),
+                         nn.Linear(512, 128, bias=False), nn.BatchNorm1d(128))
 
     def forward(self, x):
         return F.normalize(super().forward(x).float(), dim=-1)
@@ -338,8 +299,7 @@ class Embedder(nn.Module):
         """clips: (N, 3, T, H, W), the last `num_long` of them long clips -> (N - num_long + num_long * slices, 128).
 
         A row for each clip, pooled over time, then `slices` rows for each long clip, one for each temporal slice of its
-        features. All pass the head together, so its BatchNorm sees one batch.
-        """
+        features. All pass the head together, so its BatchNorm sees one batch."""
         f = self.backbone.features(clips)  # (N, D, T')
         pooled, unpooled = f.split([len(f) - num_long, num_long])
         unpooled = unpooled.unflatten(2, (slices, -1)).mean(3).transpose(1, 2).flatten(0, 1)  # (num_long * slices, D)
@@ -373,8 +333,7 @@ def decode_frames(path, indices, short_side=None):
     short_side: scale frames down, never up, to this many pixels on their shorter side.
 
     Returns torch.uint8 (len(indices), H, W, 3), RGB, upright: what a full decode gives at these numbers. IndexError for
-    a frame past the end; av.FFmpegError, OSError or ValueError for a file that cannot be decoded.
-    """
+    a frame past the end; av.FFmpegError, OSError or ValueError for a file that cannot be decoded."""
     container, stream = open_video(path)
     with container:
         packets = [p for p in container.demux(stream) if p.size and not p.is_discard]  # about 1 ms, decodes nothing
@@ -414,13 +373,12 @@ def decode(container, stream):
 def pick_frames(numbered_frames, wanted, short_side):
     """Of (number, frame) pairs in rising order the wanted ones: (uint8 (T, H, W, 3), None if one is missing; count).
 
-    Stops behind the last wanted frame, and at a gap in the numbers: they would not be those of a full decode.
-    """
+    Stops behind the last wanted frame, and at a gap in the numbers: they would not be those of a full decode."""
     places = {}
     for place, number in enumerate(wanted):
         places.setdefault(number, []).append(place)
     out, count, last = None, 0, max(wanted)
-    scaler = VideoReformatter()  # one for all frames: PyAV's default builds one for each, at 4 times the cost
+    scaler = av.video.reformatter.VideoReformatter()  # for all frames: PyAV's default is one for each, 4 times slower
     for number, frame in numbered_frames:
         if number is None or (count and number != count):
             return None, 0
@@ -441,8 +399,7 @@ def pick_frames(numbered_frames, wanted, short_side):
 def clip_indices(count, frames, stride=1, position=0.5):
     """Frame numbers of a clip of `frames` frames, `stride` apart, in a video of `count`, looped where it is shorter.
 
-    position: from 0 (the clip begins with the video) to 1 (it ends with it).
-    """
+    position: from 0 (the clip begins with the video) to 1 (it ends with it)."""
     slack = max(0, count - (frames - 1) * stride - 1)
     start = min(slack, int(position * (slack + 1)))
     return (start + stride * np.arange(frames)) % count
@@ -474,9 +431,7 @@ class Videos:
 
     def hide_labels(self, keep=()):
         """The label firewall: overwrites the labels of all videos but `keep`, so that no later code can read them."""
-        hidden = np.ones(len(self), bool)
-        hidden[list(keep)] = False
-        self.labels[hidden] = -1
+        self.labels[np.setdiff1d(np.arange(len(self)), keep)] = -1
 
 
 def list_folder(folder):
@@ -499,8 +454,7 @@ def read_videos(data, root, train, split=1, pool="train"):
 
     pool: of hmdb51's training videos, "train" for those of the split, "all" for every one that is not a test video.
     Of `folder`, what lies under unlabeled/ is among the training videos, with label -1. UserError if the lists or over
-    5 % of the videos that they name are missing.
-    """
+    5 % of the videos that they name are missing."""
     root = Path(root)
     if data in ("kinetics400", "folder"):
         folder, part = root, "train" if train else "val" if data == "kinetics400" else "test"
@@ -540,10 +494,8 @@ def read_videos(data, root, train, split=1, pool="train"):
 
 def list_videos(folder):
     """The names of the video files in a folder, sorted; none if there is no such folder."""
-    if not os.path.isdir(folder):
-        return []
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.name.lower().endswith(SUFFIXES) and e.is_file())
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(name for name in names if name.lower().endswith(SUFFIXES))
 
 
 def walk_videos(folder):
@@ -555,8 +507,7 @@ def labeled_subset(names, labels, percent, seed=0):
     """The deterministic labelled fraction: of each class max(1, round(percent / 100 * its videos)) -> sorted numbers.
 
     names, labels: of the training videos, in any order; label -1 is no class. Within a class those come first whose
-    sha256 of "<seed> <name>" is smallest, so a smaller fraction is part of a larger one.
-    """
+    sha256 of "<seed> <name>" is smallest, so a smaller fraction is part of a larger one."""
     labels, chosen = np.asarray(labels), []
     for c in np.unique(labels[labels >= 0]):
         members = np.flatnonzero(labels == c)
@@ -570,8 +521,7 @@ def read_labeled_list(path, videos):
 
     A line is a path, perhaps without its ending, and up to two numbers behind it (frames, label). Class and file come
     from the path: classes compare without blanks and underscores, files without their endings. Labels are not trusted,
-    lists number classes in different ways; rows that contradict the rest of their class's are counted.
-    """
+    lists number classes in different ways; rows that contradict the rest of their class's are counted."""
     def key(name):
         folder, _, file = name.rpartition("/")
         stem = file[:file.rfind(".")] if file.lower().endswith(SUFFIXES) else file
@@ -611,13 +561,11 @@ def training_videos(args):
 
 def labeled_of_teachers(teachers, videos):
     """The labelled videos that teachers were fine-tuned on, all others' labels hidden -> sorted numbers."""
+    number = {name: i for i, name in enumerate(videos.names())}
+    names = next(iter(teachers.values()))["labeled"]
     for name, saved in teachers.items():
-        if saved["classes"] != videos.classes:
-            raise UserError(f"{name} was fine-tuned on other classes than those of {videos.folder}")
-    names, *others = [saved["labeled"] for saved in teachers.values()]
-    number = {videos.name(i): i for i in range(len(videos))}
-    if any(other != names for other in others):
-        raise UserError(f"{' and '.join(teachers)} were fine-tuned on different labelled videos")
+        if saved["classes"] != videos.classes or saved["labeled"] != names:
+            raise UserError(f"{name} was fine-tuned on different labelled videos, or for other classes")
     if absent := [name for name in names if name not in number]:
         raise UserError(f"{videos.folder}: without {len(absent)} of the teachers' labelled videos, such as {absent[0]}")
     labeled = np.array([number[name] for name in names])
@@ -657,8 +605,7 @@ TOY_PATTERNS = {  # repetitive classes are told by what stays: the pattern of an
 }
 TOY_MOVES = {  # composite classes are told by what changes: two movements, one after the other, in two scenes
     "AcrossGrow": ("across", "grow"), "UpSink": ("up", "sink"), "DownShrink": ("down", "shrink"),
-    "RiseTurn": ("rise", "turn"),
-}
+    "RiseTurn": ("rise", "turn")}
 TOY_COLOURS = np.array([(220, 60, 50), (60, 190, 80)])
 
 
@@ -698,19 +645,16 @@ def toy_clip(label, rng):
 def render_toy(root, train=400, test=200, seed=0):
     """Write the toy videos as MPEG-4 files in UCF101's layout, unless toy.json says that all are there.
 
-    The frames depend on the seed alone. Every file is complete or absent, so what was begun is finished.
-    """
+    The frames depend on the seed alone. Every file is complete or absent, so what was begun is finished."""
     root = Path(root)
     settings, done = {"version": 1, "train": train, "test": test, "seed": seed}, root / "toy.json"
     if done.exists():
         if json.loads(done.read_text())["version"] != settings["version"]:
             raise UserError(f"{root} holds toy videos of another version: remove it or choose another --root")
         return
-    classes, videos = [*TOY_PATTERNS, *TOY_MOVES], []
-    for k in range(train + test):
-        number, label = divmod(k, len(classes))
-        name = f"{classes[label]}/v_{classes[label]}_g{number // 4 + 1:02}_c{number % 4 + 1:02}.avi"
-        videos.append((name, label))
+    classes = [*TOY_PATTERNS, *TOY_MOVES]
+    names = [f"{c}/v_{c}_g{k // 4 + 1:02}_c{k % 4 + 1:02}.avi" for k in range(train + test) for c in classes]
+    videos = [(name, k % len(classes)) for k, name in enumerate(names[:train + test])]
     for name, label in tqdm(videos, desc=f"rendering toy videos into {root}", disable=None):
         path = root / "UCF-101" / name
         if not path.exists():
@@ -762,12 +706,9 @@ class Frames(Dataset):
 
 
 def leave_signals_to_parent(_worker):
-    """Ctrl-C and a scheduler's SIGTERM reach the workers, too: they stay until the main process has ended its step.
-
-    But not for ever: Python sends SIGTERM to workers that are left at exit, and waits for them.
-    """
+    """Ctrl-C and a scheduler's SIGTERM reach the workers, too: they stay until the main process has ended its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))  # SIGALRM ends a process
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))  # ends it then: Python waits at exit for those left
 
 
 def random_span(key, count, seed, frames, stride):
@@ -781,12 +722,9 @@ def spaced_clips(key, count, clips, frames, stride):
     return np.concatenate([clip_indices(count, frames, stride, p) for p in positions])
 
 
-class Pool(NamedTuple):
-    """A role in a step's batch: which videos may take it, how many do, over all ranks. The batch of a pool that cycles
-    may hold a video twice and runs on into the next pass; the remainder of a pass of one that does not is dropped."""
-    videos: np.ndarray
-    batch: int
-    cycle: bool
+# A role in a step's batch: which videos may take it, and how many do, over all ranks. The batch of a pool that cycles
+# may hold a video twice and runs on into the next pass; the remainder of a pass of one that does not is dropped.
+Pool = namedtuple("Pool", "videos batch cycle")
 
 
 @functools.lru_cache(maxsize=8)
@@ -806,14 +744,13 @@ def step_keys(pools, steps, seed, epoch, step):
 class VideoStream:
     """The batches of a training run, from where the run stands: an iterator over this rank's share of each, as lists.
 
-    (frames, numbers, keys): of each video uint8 (T, H, W, 3) on the device, its number, and (role, pass, video), which
-    with the seed settles its random draws. steps: per epoch; by default as many as the first pool fills in one pass.
+    (frames, numbers, keys): of each video `frames` frames, uint8 (T, H, W, 3) on the device, its number, and its key
+    (role, pass, video), which with the seed settles its draws. steps: per epoch; by default one pass of the first pool.
     Who is in a step is a function of (seed, epoch, step): no state to save, and any number of workers gives the same. A
     video that cannot be decoded is named, and another one of its pool, which is not in the batch, takes its place and
-    its draws; over 10 % of a pool stops the run (UserError).
-    """
+    its draws; over 10 % of a pool stops the run (UserError)."""
 
-    def __init__(self, videos, pools, indices, args, device, run, steps=None):
+    def __init__(self, videos, pools, frames, args, device, run, steps=None):
         self.videos, self.pools, self.seed, self.device = videos, pools, args.seed, device
         self.unreadable = {}  # video: reason
         if steps is None:
@@ -823,9 +760,9 @@ class VideoStream:
         if not steps:
             raise UserError(f"--batch {pools[0].batch} is more than the {len(pools[0].videos)} videos")
         self.epoch, self.step = divmod(done, steps)
-        left_out = 0 if pools[0].cycle else len(pools[0].videos) - steps * pools[0].batch
-        print0(f"{steps} steps an epoch" + f", {left_out} videos, each time others, are left out" * (left_out > 0))
-        self.dataset = Frames(videos, indices, round(1.25 * args.size))
+        print0(f"{steps} steps an epoch")
+        span = functools.partial(random_span, seed=args.seed, frames=frames, stride=args.stride)
+        self.dataset = Frames(videos, span, round(1.25 * args.size))
         share = sum(pool.batch for pool in pools) // world_size()
         ahead = max(2, math.ceil(2 * share / max(1, args.workers)))  # two batches
         # Not through self: a cycle of references would keep the workers alive until Python collects garbage.
@@ -840,7 +777,11 @@ class VideoStream:
             for key in own_share(group):
                 item, video = next(self.loader), key[2]
                 while isinstance(item, str):
-                    self.report(video, item, group[0][0])
+                    if video not in self.unreadable:
+                        self.unreadable[video] = item
+                        text = f"warning: {self.videos.path(video)}: {item}; another video takes its place"
+                        tqdm.write(text, file=sys.stderr)
+                        check_unreadable(self.unreadable, self.pools[key[0]].videos, self.videos)
                     video = next(substitutes, None)
                     if video is None:
                         raise UserError("too few videos can be decoded to fill a batch: choose a smaller --batch")
@@ -851,10 +792,6 @@ class VideoStream:
         self.epoch, self.step = (self.epoch, self.step + 1) if self.step + 1 < self.steps else (self.epoch + 1, 0)
         return frames, videos, keys
 
-    def all_unreadable(self):
-        """{video: reason} over all ranks."""
-        return {i: reason for part in gather_objects(self.unreadable) for i, reason in part.items()}
-
     def substitutes(self, group):
         """Videos that may stand in for unreadable ones of this part of the batch, in an order of their own."""
         members, _, cycle = self.pools[group[0][0]]
@@ -862,12 +799,6 @@ class VideoStream:
         spare = [int(i) for i in members if i not in taken]
         order = draw(self.seed, *group[0][:2], self.epoch, self.step, 1).permutation(len(spare))
         yield from (spare[k] for k in order[rank()::world_size()] if spare[k] not in self.unreadable)
-
-    def report(self, video, reason, role):
-        if video not in self.unreadable:
-            self.unreadable[video] = reason
-            tqdm.write(f"warning: {self.videos.path(video)}: {reason}; another video takes its place", file=sys.stderr)
-            check_unreadable(self.unreadable, self.pools[role].videos, self.videos)
 
 
 def check_unreadable(unreadable, members, videos):
@@ -887,8 +818,7 @@ def augment(clip, size, rng, area, jitter, hue, p_jitter, p_grey):
     """One random crop, flip, colour jitter and greyscale for all frames of a clip, drawn from a numpy Generator.
 
     clip: uint8 (T, H, W, 3) on any device -> uint8 (T, 3, size, size). area: least share of the frame that the crop
-    keeps. jitter, hue: largest change of brightness, contrast and saturation, and of hue. p_jitter, p_grey: how often.
-    """
+    keeps. jitter, hue: largest change of brightness, contrast, saturation, and of hue. p_jitter, p_grey: how often."""
     clip = clip.permute(0, 3, 1, 2)
     height, width = clip.shape[2:]
     area, ratio = rng.uniform(area, 1) * height * width, math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
@@ -944,9 +874,7 @@ def own_share(items):
 def all_gather(z):
     """(B, ...) of each rank -> (ranks * B, ...), in rank order, on every rank, with gradient for the rank's own rows.
 
-    Every rank computes the same loss of all rows, so the gradient for its own ones is complete; times the number of
-    ranks, for DistributedDataParallel averages over them.
-    """
+    Every rank computes the same loss of all rows: the gradient of its own ones, times the ranks, for DDP averages."""
     if world_size() == 1:
         return z
     rows, own = [torch.empty_like(z) for _ in range(world_size())], z.view_as(z)
@@ -1020,15 +948,12 @@ def checkpoint_stages(backbone):
     """Recompute each residual stage in the backward pass: memory for one stage's inside instead of all."""
     @contextlib.contextmanager
     def without_statistics(stage):  # the first pass has updated BatchNorm's statistics, the second one must not
-        norms = [m for m in stage.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-        for norm in norms:
-            norm.momentum = 0.0
+        before = [buffer.clone() for buffer in stage.buffers()]
         try:
             yield
         finally:  # torch leaves the second pass by an exception, as soon as it has what it needs
-            for norm, (norm.momentum, count) in zip(norms, before):
-                norm.num_batches_tracked.copy_(count)
+            for buffer, value in zip(stage.buffers(), before):
+                buffer.data.copy_(value)  # .data: autograd has saved them, too, and need not know
 
     for stage in backbone.stages():
         stage.forward = functools.partial(checkpoint, stage.forward, use_reentrant=False, context_fn=functools.partial(
@@ -1042,17 +967,17 @@ FREE_ARGUMENTS = {  # those that may change between a run and its continuation
 class Run:
     """Where the training of one network stands: all that its checkpoint OUT/NAME.pt holds, and its log OUT/NAME.log.
 
-    net: the module to train, initialised. parts: those of its modules that the checkpoint holds, by name. carried: what
-    else it is to hold for later stages. Where the checkpoint exists already, the Run goes on from it.
-    """
+    net: the module to train, initialised: a classifier or an Embedder. carried: what else the checkpoint is to hold for
+    later stages. Where the checkpoint exists already, the Run goes on from it."""
 
-    def __init__(self, args, stage, name, net, parts, videos, device, labeled=()):
+    def __init__(self, args, stage, name, net, videos, device, labeled=()):
         self.args, self.name, self.device, self.carried = args, name, device, {}
         self.facts = {"stage": stage, "arch": args.arch, "classes": videos.classes,
                       "video_set": set_digest(videos.names()), "labeled": [videos.name(i) for i in labeled]}
         self.path, self.log_path = Path(args.out) / f"{name}.pt", Path(args.out) / f"{name}.log"
         self.epoch, self.step, self.sums, self.finished = 0, 0, {}, False
         self.pending, self.stopping = None, False
+        parts = {"model": net.backbone, "head": net.head} if isinstance(net, Embedder) else {"model": net}
         net.to(device, memory_format=torch.channels_last_3d)
         if world_size() > 1 and device.type == "cuda":
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
@@ -1064,11 +989,13 @@ class Run:
             self.resume(read_checkpoint(self.path))
         elif not args.benchmark:
             versions = {module.__name__: module.__version__ for module in (torch, torchvision, av, np)}
-            self.write_log([json.dumps({"command": " ".join(sys.argv), "commit": git_commit(), **versions})])
+            git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+            commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
+            self.write_log([json.dumps({"command": " ".join(sys.argv), "commit": commit, **versions})])
+        for stage in parts["model"].stages() if args.compile else ():
+            stage.forward = torch.compile(stage.forward, dynamic=False)  # the stages differ in shape, not the steps
         if args.checkpointing:
             checkpoint_stages(parts["model"])
-        for stage in parts["model"].stages() if args.compile else ():
-            stage.compile()
         self.net = nn.parallel.DistributedDataParallel(net) if world_size() > 1 else net
 
     def resume(self, saved):
@@ -1110,18 +1037,17 @@ class Run:
             if self.epoch >= self.args.warmup:
                 self.plateau.step(means["loss"])
             self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
-            unreadable = [self.stream.videos.name(i) for i in self.stream.all_unreadable()]
+            unreadable = {self.stream.videos.name(i) for part in gather_objects(self.stream.unreadable) for i in part}
             line = {"epoch": self.epoch, **means, "lr": lr, "seconds": seconds, "clips_per_s": self.clips / seconds,
-                    "waiting_share": self.waiting / seconds, "unreadable": len(unreadable)}
-            if self.device.type == "cuda":
-                line["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                    "waiting_share": self.waiting / seconds, "memory_gib": peak_memory(self.device),
+                    "unreadable": len(unreadable)}
             line = {key: round(value, 6) if isinstance(value, float) else value for key, value in line.items()}
             if rank() == 0:
                 with open(self.log_path, "a") as file:
                     file.write(json.dumps(line) + "\n")
             print0(f"{self.name}:", ", ".join(f"{key} {value:.4g}" for key, value in line.items()))
             if unreadable:
-                print0("cannot be decoded:", ", ".join(unreadable))
+                print0("cannot be decoded:", ", ".join(sorted(unreadable)))
             self.save()
         Signals.deferring = False
 
@@ -1148,11 +1074,12 @@ class Run:
         torch.manual_seed(draw(self.args.seed, self.epoch, self.step, rank()).integers(2**63))  # for dropout
         return self.batch
 
-    def benchmark(self, stream, warmup=5):
+    def benchmark(self, stream):
         """The steps of --benchmark; then a table of what they took, the same as one JSON line, and the end."""
         Signals.deferring = False  # nothing is to be saved
         with FlopCounterMode(display=False) as flops:
             yield self.next_batch(stream)
+        warmup = min(5, self.args.benchmark)
         for k in range(warmup + self.args.benchmark):
             if k == warmup:
                 self.settle()  # which waits for the GPU
@@ -1168,18 +1095,18 @@ class Run:
                    "clips_per_s": self.clips / self.args.benchmark / step, "decode_ms_per_video": decode,
                    "waiting_share": self.waiting / self.args.benchmark / step,
                    "tflop_per_s": flops.get_total_flops() * world_size() / step / 1e12,
-                   "gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0}
+                   "memory_gib": peak_memory(self.device)}
         for key, value in numbers.items():
             print0(f"{key:20} {value:10.4g}")
         print0(json.dumps(numbers))
-        print0("bottleneck:", "decoding: --workers" if numbers["waiting_share"] > 0.1 else "the network: --precision")
+        flag = "--precision bf16" if self.args.precision == "fp32" else "--compile, or more processes"
+        print0("bottleneck:", "decoding; --workers" if numbers["waiting_share"] > 0.05 else f"the network; {flag}")
         raise SystemExit
 
     def record(self, clips, **terms):
         """Note a step's number of clips and its loss terms, scalars of which the first is the loss: means over ranks.
 
-        They are read one step later, when they have reached the host without anyone waiting for them.
-        """
+        They are read one step later, when they have reached the host without anyone waiting for them."""
         stop = torch.full((), float(bool(Signals.requested)), device=self.device)
         values = torch.stack([term.detach().float() for term in terms.values()] + [stop])
         if world_size() > 1:
@@ -1195,7 +1122,7 @@ class Run:
         self.pending = (list(terms), values, ready, self.step, self.batch[1])
 
     def settle(self):
-        """Take in the numbers of the step that was recorded last; TrainingError if they are not finite."""
+        """Take in the numbers of the step that was recorded last; UserError if they are not finite."""
         if self.pending is None:
             return
         (names, values, ready, step, videos), self.pending = self.pending, None
@@ -1205,9 +1132,11 @@ class Run:
         self.stopping = self.stopping or stop > 0
         terms = dict(zip(names, values))
         if not all(map(math.isfinite, values)):
-            raise TrainingError(
+            error = UserError(
                 f"epoch {self.epoch + 1}, step {step + 1}: not finite: {terms}. The videos of this step: "
                 + ", ".join(self.stream.videos.name(i) for i in videos) + f". {self.path} was left as it was")
+            error.status = 1
+            raise error
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.bar.set_postfix({name: f"{total / (step + 1):.3f}" for name, total in self.sums.items()}, refresh=False)
@@ -1227,11 +1156,11 @@ class Run:
         print0(f"wrote {self.path}")
 
 
-def git_commit():
-    """The commit of this code, where it lies in a git repository."""
-    call = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+def peak_memory(device):
+    """The most that this process has held so far, in GiB: on the GPU, or of the CPU's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -1263,8 +1192,7 @@ def read_checkpoint(path):
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
-            error = (f"{path}: no such checkpoint (inv.pt comes from pretrain_inv.py, dist.pt from pretrain_dist.py, "
-                     "inv_ft.pt and dist_ft.pt from finetune.py)")
+            error = f"{path}: no such checkpoint (pretrain_inv.py, pretrain_dist.py and finetune.py write them)"
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
             error = f"{path}: damaged, or no file of tensors: {str(e).strip().splitlines()[0][:120]}"
         if error is None and not isinstance(saved, dict):
@@ -1276,10 +1204,7 @@ def read_checkpoint(path):
 
 
 def load_finished(names, folder, stages):
-    """Finished checkpoints by name, in `folder` or a path, written by one of `stages` (None: by another program).
-
-    Returns {name: content}, without the name "none".
-    """
+    """{name: content} of finished checkpoints, by path or in `folder`, by one of `stages` (None: another program)."""
     contents = {}
     for name in (name for name in names if name != "none"):
         path = name if os.path.dirname(name) else os.path.join(folder, name)
@@ -1304,8 +1229,7 @@ def load_backbone(model, path, saved):
     """Give a model all weights but the classifier's from what read_checkpoint returned, whoever wrote it.
 
     Known public forms: torchvision's r3d_18 (a bare state dict), PyTorchVideo's slow_r50 (under "model_state"), TCLR's
-    (under "state_dict", names behind "module.0.", trained on BGR frames). UserError if a tensor is missing or misfit.
-    """
+    (under "state_dict", names behind "module.0.", trained on BGR frames). UserError if a tensor does not fit."""
     weights = next((saved[key] for key in ("model", "model_state", "state_dict") if key in saved), saved)
     tclr = any(name.startswith("module.0.") for name in weights)
     weights = {name.removeprefix("module.").removeprefix("0." if tclr else ""): w for name, w in weights.items()}
@@ -1322,12 +1246,12 @@ def load_backbone(model, path, saved):
 
 # ---- Evaluation: temporal similarity after stage 1, class probabilities ----------------------------------------------
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def map_videos(function, videos, indices, size, args, device, title):
     """Apply a function to the decoded frames at `indices` of all videos, shared among the ranks.
 
     function: a list of up to `size` uint8 (T, H, W, 3) on the device -> a tensor with a row for each. Returns
-    {number: row} and, of those that cannot be decoded, {number: reason}.
-    """
+    {number: row} and, of those that cannot be decoded, {number: reason}."""
     numbers = range(rank(), len(videos), world_size())
     dataset = Frames(videos, indices, round(1.25 * args.size))
     items = dataset.loader([(None, i) for i in numbers], args.workers, pin_memory=device.type == "cuda")
@@ -1350,9 +1274,7 @@ def map_videos(function, videos, indices, size, args, device, title):
 def measure_similarity(embedder, videos, args, device):
     """C of Eq. 5 of each video by the self-supervised teacher, before fine-tuning (Algorithm 1, line 16).
 
-    From args.clips consecutive clips in its middle, centre crop, eval mode. Returns what the checkpoint holds of it:
-    "similarity_of", the names of those that can be decoded, and "similarity", (those, n, n).
-    """
+    From args.clips consecutive clips in its middle, centre crop, eval mode. Returns what the checkpoint holds of it."""
     def similarity(frames):
         clips = [centre_crop(clip, args.size) for video in frames for clip in video.split(args.frames)]
         with autocast(args, device):
@@ -1363,14 +1285,26 @@ def measure_similarity(embedder, videos, args, device):
     span = functools.partial(spaced_clips, clips=1, frames=args.clips * args.frames, stride=args.stride)
     rows, unreadable = map_videos(similarity, videos, span, args.batch // world_size(), args, device, "similarity")
     check_unreadable(unreadable, range(len(videos)), videos)
-    return {"similarity_of": [videos.name(i) for i in rows], "similarity": torch.stack(list(rows.values()))}
+    return {"similarity_of": [videos.name(i) for i in rows], "similarity": torch.stack(list(rows.values())),
+            "similarity_clips": [args.clips, args.frames, args.stride]}
+
+
+def paired_similarity(teachers):
+    """Of the videos of which both teachers' checkpoints hold C of Eq. 5: names, and both C, (N, n, n).
+
+    teachers: {name: content} of two. UserError if one holds none."""
+    for name, saved in teachers.items():
+        if "similarity" not in saved:
+            raise UserError(f"{name} does not come from stage 1, TSTR cannot weigh it: --reweight mean or a number")
+    rows = [{video: i for i, video in enumerate(saved["similarity_of"])} for saved in teachers.values()]
+    names = [video for video in rows[0] if video in rows[1]]
+    return names, *(saved["similarity"][[row[name] for name in names]] for saved, row in zip(teachers.values(), rows))
 
 
 def class_probabilities(model, videos, clips, scales, args, device, title):
     """Softmax averaged over uniformly spaced clips and centre crops of the given shares of the short side (Sec. 4.2).
 
-    Returns {number: (C,)} and {number: reason} as map_videos does.
-    """
+    Returns {number: (C,)} and {number: reason} as map_videos does."""
     def probabilities(frames):
         crops = [centre_crop(clip, args.size, scale)
                  for video in frames for clip in video.split(args.frames) for scale in scales]
@@ -1390,8 +1324,7 @@ DATA_SETS = "toy", "ucf101", "hmdb51", "kinetics400", "folder"
 def defaults(data, stage):
     """What a stage ("pretrain", "finetune", "student") does where no flag says otherwise: the paper's settings.
 
-    The paper names no batch and no epochs of fine-tuning, they are those of the authors' code. toy has small ones.
-    """
+    Batch and epochs of fine-tuning, which it does not name, are those of the authors' code. toy has small ones."""
     ssl = stage == "pretrain"
     settings = {"data": data, "root": f"data/{data}", "split": 1, "pool": "train", "arch": "slow_r50", "size": 224,
                 "clips": 4, "frames": 16 if ssl else 8, "stride": 1 if ssl else 2, "batch": 40 if ssl else 16,
@@ -1416,10 +1349,9 @@ def number(kind, least, most=math.inf):
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags in named groups, with their defaults in --help. A mistake becomes a UserError, so one line.
+    """Flags in named groups, with their defaults in --help, those that training stages share among them ("": none).
 
-    stage: "pretrain", "finetune" or "student" brings the flags that the training stages share, "" those of any script.
-    """
+    stage: "pretrain", "finetune" or "student". A mistake becomes a UserError, so one line."""
 
     def __init__(self, description, stage=""):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1471,10 +1403,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def settle_arguments(args, stage, sources={}, inherited=()):
-    """Fill in what no flag has set, from the checkpoints that the stage builds on, or by default, and print it.
-
-    sources: {name: content}. UserError where a flag contradicts one of them, or they one another.
-    """
+    """Fill in what no flag has set, from checkpoints, {name: content}, or by default; UserError on a contradiction."""
     taken = []
     ours = {path: saved for path, saved in sources.items() if saved.get("stage")}
     for path, saved in ours.items():
@@ -1500,13 +1429,8 @@ def settle_arguments(args, stage, sources={}, inherited=()):
 
 
 class UserError(Exception):
-    """A mistake in arguments or input: `command` turns it into one line on stderr and exit status 2."""
+    """A mistake in arguments or input: `command` makes it one line on stderr and exit status 2, or `status`."""
     status = 2
-
-
-class TrainingError(UserError):
-    """Training cannot go on: one line on stderr, exit status 1."""
-    status = 1
 
 
 def command(main):

@@ -10,7 +10,6 @@ from random weights: OUT/labeled_only.pt.
 """
 
 import argparse
-import functools
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 
 from common import (
     WEAK, Parser, Pool, Run, VideoStream, augment, autocast, build_model, choose_labeled, command, draw, load_backbone,
-    load_finished, random_span, settle_arguments, start, to_input, training_videos)
+    load_finished, settle_arguments, start, to_input, training_videos)
 
 
 @command
@@ -43,13 +42,12 @@ def finetune(args, saved, videos, labeled, device):
     if saved:
         load_backbone(model, args.init, saved)
     name = "labeled_only" if args.init == "none" else f"{Path(args.init).stem}_ft"
-    run = Run(args, "finetune", name, model, {"model": model}, videos, device, labeled)
+    run = Run(args, "finetune", name, model, videos, device, labeled)
     if run.finished:
         return
     if saved and "similarity" in saved:
-        run.carried = {"teacher": saved["stage"], **{key: saved[key] for key in ("similarity", "similarity_of")}}
-    span = functools.partial(random_span, seed=args.seed, frames=args.frames, stride=args.stride)
-    stream = VideoStream(videos, [Pool(labeled, args.batch, cycle=True)], span, args, device, run)
+        run.carried = {key: value for key, value in saved.items() if key.startswith("similarity")}
+    stream = VideoStream(videos, [Pool(labeled, args.batch, cycle=True)], args.frames, args, device, run)
 
     for _ in run.epochs():
         for frames, numbers, keys in run.steps(stream):

@@ -8,14 +8,11 @@ no label. Writes OUT/dist.pt, as stage 1a does. The student of stage 3 starts fr
     python pretrain_dist.py --invariant-weight 1                  # L_D + L_I: the paper's student start, OUT/both.pt
 """
 
-import functools
-
-import numpy as np
 import torch
 
 from common import (
     STRONG, Embedder, Parser, Pool, Run, UserError, VideoStream, all_gather, augment, autocast, build_model, command,
-    distinctive_loss, draw, feature_frames, invariant_loss, measure_similarity, number, random_span, settle_arguments,
+    distinctive_loss, draw, invariant_loss, measure_similarity, number, settle_arguments,
     start, to_input, training_videos, unpooled_distinctive_loss)
 
 
@@ -25,11 +22,14 @@ def main(argv=None):
     parser.add("training", "--temperature", "tau of Eq. 3", type=number(float, 1e-3), default=0.1, metavar="X")
     parser.add("training", "--invariant-weight", "adds X times the invariant loss of stage 1a", type=number(float, 0),
                default=0.0, metavar="X")
+    parser.add("run", "--name", "the checkpoint is OUT/NAME.pt (default dist; both with --invariant-weight)")
     args = parser.parse_args(argv)
     device = start(args)
+    args.name = args.name or ("both" if args.invariant_weight else "dist")
     settle_arguments(args, "pretrain")
     n = args.clips
-    steps = feature_frames(args.arch, args.frames, args.size)
+    with torch.device("meta"):  # computes shapes alone
+        steps = build_model(args.arch, 1).features(torch.empty(1, 3, args.frames, args.size, args.size)).shape[2]
     if steps % n:
         raise UserError(f"--frames {args.frames} leave {steps} time steps in the features of {args.arch}, which L_D2 "
                         f"cannot cut into --clips {n} equal slices")
@@ -38,12 +38,11 @@ def main(argv=None):
     videos.hide_labels()
     torch.manual_seed(args.seed)
     embedder = Embedder(build_model(args.arch, len(videos.classes)))
-    parts = {"model": embedder.backbone, "head": embedder.head}
-    run = Run(args, "pretrain_dist", "both" if args.invariant_weight else "dist", embedder, parts, videos, device)
+    run = Run(args, "pretrain_dist", args.name, embedder, videos, device)
     if run.finished:
         return
-    span = functools.partial(random_span, seed=args.seed, frames=n * args.frames, stride=args.stride)
-    stream = VideoStream(videos, [Pool(np.arange(len(videos)), args.batch, cycle=False)], span, args, device, run)
+    pools = [Pool(range(len(videos)), args.batch, cycle=False)]
+    stream = VideoStream(videos, pools, n * args.frames, args, device, run)
 
     for _ in run.epochs():
         for frames, _, keys in run.steps(stream):

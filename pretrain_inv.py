@@ -7,20 +7,18 @@ OUT/inv.pt: backbone, projection head, and each video's temporal similarity matr
     torchrun --nproc-per-node 4 pretrain_inv.py --data ucf101    # four GPUs, the same batch of 40 videos in all
 """
 
-import functools
-
-import numpy as np
 import torch
 
 from common import (
     STRONG, Embedder, Parser, Pool, Run, UserError, VideoStream, all_gather, augment, autocast, build_model, command,
-    draw, invariant_loss, measure_similarity, number, random_span, settle_arguments, start, to_input, training_videos)
+    draw, invariant_loss, measure_similarity, number, settle_arguments, start, to_input, training_videos)
 
 
 @command
 def main(argv=None):
     parser = Parser(__doc__, "pretrain")
     parser.add("training", "--temperature", "tau of Eq. 1", type=number(float, 1e-3), default=0.1, metavar="X")
+    parser.add("run", "--name", "the checkpoint is OUT/NAME.pt", default="inv")
     args = parser.parse_args(argv)
     device = start(args)
     settle_arguments(args, "pretrain")
@@ -31,13 +29,12 @@ def main(argv=None):
     videos.hide_labels()
     torch.manual_seed(args.seed)
     embedder = Embedder(build_model(args.arch, len(videos.classes)))
-    parts = {"model": embedder.backbone, "head": embedder.head}
-    run = Run(args, "pretrain_inv", "inv", embedder, parts, videos, device)
+    run = Run(args, "pretrain_inv", args.name, embedder, videos, device)
     if run.finished:
         return
     n = args.clips
-    span = functools.partial(random_span, seed=args.seed, frames=n * args.frames, stride=args.stride)
-    stream = VideoStream(videos, [Pool(np.arange(len(videos)), args.batch, cycle=False)], span, args, device, run)
+    pools = [Pool(range(len(videos)), args.batch, cycle=False)]
+    stream = VideoStream(videos, pools, n * args.frames, args, device, run)
 
     for _ in run.epochs():
         for frames, _, keys in run.steps(stream):

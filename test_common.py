@@ -1,12 +1,10 @@
 """Tests: pytest test_common.py (a few minutes on two cores).
 
 Those that read real UCF101, HMDB51 and Kinetics files look for them, and for the official lists, in the folder named by
-TIMEBALANCE_TEST_DATA (videos/ and splits/), and are skipped where it is not set.
-"""
+TIMEBALANCE_TEST_DATA (videos/ and splits/), and are skipped where it is not set."""
 
 import argparse
 import errno
-import functools
 import io
 import json
 import math
@@ -15,6 +13,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import common as tb
@@ -597,13 +597,12 @@ def test_toy_rendering_is_finished_after_an_interruption(toy, tmp_path, monkeypa
 
 
 def settings(**changes):
-    return argparse.Namespace(**{"seed": 0, "size": 16, "workers": 0, "epochs": 3, **changes})
+    return argparse.Namespace(**{"seed": 0, "size": 16, "stride": 2, "workers": 0, "epochs": 3, **changes})
 
 
 def batches(videos, pools, epoch=0, step=0, **changes):
-    span = functools.partial(tb.random_span, seed=0, frames=4, stride=2)
     run = argparse.Namespace(epoch=epoch, step=step)
-    stream = tb.VideoStream(videos, pools, span, settings(**changes), torch.device("cpu"), run)
+    stream = tb.VideoStream(videos, pools, 4, settings(**changes), torch.device("cpu"), run)
     return [next(stream) for _ in range(3 * stream.steps - epoch * stream.steps - step)]
 
 
@@ -731,6 +730,55 @@ def test_evaluation_counts_what_the_model_says(chain, toy):
     assert results["student.pt"]["top1"] == pytest.approx(100 * right / 8)
 
 
+def test_means_differences_and_figures_of_several_runs(chain, toy, tmp_path, capsys):
+    for name in "ab":
+        shutil.copytree(chain, tmp_path / name)
+    shutil.copy(chain / "inv_ft.pt", tmp_path / "b/student.pt")
+    shutil.copy(chain / "labeled_only.pt", tmp_path / "b/dist_ft.pt")
+    with pytest.raises(SystemExit):  # a teacher of which no similarity is known
+        evaluate.main([str(tmp_path / "b"), "--figures", "--clips", "1"])
+    shutil.copy(chain / "dist_ft.pt", tmp_path / "b")
+    (tmp_path / "a/labeled_only.pt").unlink()
+    capsys.readouterr()
+    evaluate.main([*map(str, (tmp_path / "a", tmp_path / "b")), "--figures", "--against", "dist_ft.pt", "--clips", "1",
+                   "--scales", "1", "--device", "cpu", "--precision", "fp32"])
+    text = capsys.readouterr().out
+    runs = [{r["checkpoint"]: r for r in json.loads((tmp_path / name / "results.json").read_text())} for name in "ab"]
+    top1 = {name: [run[name]["top1"] for run in runs if name in run] for name in runs[1]}
+    for name, values in top1.items():
+        apart = [run[name]["top1"] - run["dist_ft.pt"]["top1"] for run in runs if name in run]
+        row = next(line for line in text.splitlines() if line.startswith(f"| {name}") and "±" in line)
+        spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in (values, apart)]
+        assert [cell.strip() for cell in row.split("|")[2:4]] == [
+            str(len(values)), f"{np.mean(values):.1f} ± {spread[0]:.1f}"]
+        assert row.split("|")[-2].strip() == f"{np.mean(apart):+.1f} ± {spread[1]:.1f}"
+    assert len(set(top1["student.pt"])) == 2  # else nothing was tested
+
+    inv, dist = load(chain, "inv_ft"), load(chain, "dist_ft")
+    assert inv["similarity_of"] == dist["similarity_of"] and inv["similarity_clips"] == [2, 8, 1]
+    s = tb.similarity_score(inv["similarity"], dist["similarity"])
+    lines = text.split("difference |")[1].splitlines()[2:10]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert sorted(row[0] for row in rows) == sorted(inv["classes"])
+    for name, *numbers in rows:
+        own = [i for i, video in enumerate(inv["similarity_of"]) if video.startswith(f"{name}/")]
+        p_inv, p_dist = (runs[0][f"{k}_ft.pt"]["per_class"][name] for k in ("inv", "dist"))
+        assert numbers == [f"{s[own].mean():.2f}", f"{p_inv:.1f}", f"{p_dist:.1f}", f"{p_inv - p_dist:+.1f}"]
+    assert [float(row[-1]) for row in rows] == sorted((float(row[-1]) for row in rows), reverse=True)
+
+    bars, matrices = (np.array(Image.open(tmp_path / f"a/{name}.png"), int) for name in ("classes", "similarity"))
+    assert bars.shape == (40 + 22 * 8, 720, 3) and not list((tmp_path / "b").glob("*.png"))
+    for k, row in enumerate(rows):  # the side to which a bar grows
+        white = [bool((bars[36 + 22 * k + 2, x] == 255).all()) for x in (448, 452)]
+        assert abs(float(row[-1])) < 2 or white == [float(row[-1]) > 0, float(row[-1]) < 0]
+    for place, i in zip(range(3), s.argsort(descending=True)[[0, len(s) // 2, -1]]):
+        for k, saved in enumerate((inv, dist)):  # the colours of a cell off the diagonal, and of one on it
+            x, y = 2 * 100 + 12 + k * (72 + 16), place * (72 + 32) + 28
+            for column, c in enumerate(saved["similarity"][i, 0].clamp(min=0).tolist()):
+                colour = 255 - c * np.array([200, 120, 40])
+                assert np.abs(matrices[y + 1, x + 36 * column + 1] - colour).max() <= 1
+
+
 def test_label_firewall(chain, toy, tmp_path, monkeypatch):
     """Labels that no stage may use are replaced: of unlabelled videos once the subset is drawn, of all test videos."""
     hide, read = tb.Videos.hide_labels, tb.read_videos
@@ -780,7 +828,7 @@ def with_fixed_statistics(run, args, stage, name, net, *rest):
 def noted(run, clips, **terms):
     record(run, clips, **terms)
     found.setdefault(run.facts["stage"] + ".losses", run.pending[1][:len(terms)])
-    raise common.TrainingError("one step is enough")
+    raise common.UserError("one step is enough")
 common.Run.__init__, common.Run.record = with_fixed_statistics, noted
 for k, (module, own) in enumerate([(pretrain_inv, ["--clips", "2"]), (train_student, ["--pretrained", chain]),
                                    (pretrain_dist, ["--clips", "2", "--invariant-weight", "1"])]):
@@ -791,7 +839,7 @@ for k, (module, own) in enumerate([(pretrain_inv, ["--clips", "2"]), (train_stud
         module.main([*"--size 16 --frames 8 --epochs 1 --batch 4 --precision fp32 --device cpu --workers 0".split(),
                      *own, "--root", toy, "--out", out])
     except SystemExit as end:
-        assert end.code == 1, end
+        assert end.code == 2, end
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 if rank == 0:
@@ -862,15 +910,54 @@ def test_benchmark_prints_numbers_and_writes_nothing(stage, chain, toy, tmp_path
     assert 0.8 < flops / counted.get_total_flops() < (1.9 if stage == 4 else 1.2)  # teachers go forward only
 
 
-@pytest.mark.parametrize("stage, names", [(0, ["inv"]), (1, ["dist"]), (4, ["student"])])
-def test_checkpointing_changes_nothing(stage, names, chain, toy, tmp_path):
-    shutil.copytree(chain, tmp_path, dirs_exist_ok=True, ignore=lambda _, files: [f for f in files if f[:-3] in names])
-    run_stage(stage, toy, tmp_path, "--checkpointing", "--restart")
-    for name in names:
-        a, b = load(chain, name)["model"], load(tmp_path, name)["model"]
-        assert a.keys() == b.keys()
-        for key in a:  # running statistics and num_batches_tracked among them
-            assert torch.allclose(a[key].float(), b[key].float(), atol=1e-6), key
+def one_step(stage, chain, toy, out, *flags):
+    """The loss terms, gradients and buffers of a stage's first step."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        record = tb.Run.record
+
+        def noted(run, clips, **terms):
+            record(run, clips, **terms)
+            found.update({name: term.detach() for name, term in terms.items()}, **{
+                name: p.grad for name, p in run.net.named_parameters() if p.grad is not None})
+            found.update(run.net.named_buffers())
+            raise KeyboardInterrupt
+
+        patch.setattr(tb.Run, "record", noted)
+        earlier_checkpoints(chain, out, {0: "inv", 1: "dist", 3: "labeled_only", 4: "student"}[stage])
+        with pytest.raises(SystemExit):
+            run_stage(stage, toy, out, *flags)
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3, 4])
+def test_checkpointing_and_compile_change_nothing(stage, chain, toy, tmp_path, monkeypatch):
+    # Without inductor, whose compiler takes half a minute: all that --compile hands to it, for one of the stages to it.
+    compiled, compile = [], torch.compile
+
+    def quickly(function, **settings):
+        compiled.append(function)
+        return compile(function, backend="aot_eager", **settings)
+
+    monkeypatch.setattr(torch, "compile", quickly)
+    plain = one_step(stage, chain, toy, tmp_path)
+    assert len(plain) > 60 and not compiled
+    for flags in (["--checkpointing"], ["--compile"], ["--compile", "--checkpointing"]):
+        torch.compiler.reset()
+        other = one_step(stage, chain, toy, tmp_path, *flags)
+        assert len(compiled) == 5 * ("--compile" in flags) and plain.keys() == other.keys()
+        compiled.clear()
+        for name, value in plain.items():  # the bias of head.0 has no gradient but noise, BatchNorm follows it
+            scale = float(value.abs().max()) + 0.1 * (name == "head.0.bias")
+            assert torch.allclose(value, other[name], rtol=1e-4, atol=1e-4 * scale), (flags, name)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compile_with_inductor(chain, toy, tmp_path):
+    torch.compiler.reset()
+    plain, other = (one_step(4, chain, toy, tmp_path, *flags) for flags in ([], ["--compile"]))
+    for name, value in plain.items():
+        assert torch.allclose(value, other[name], rtol=1e-3, atol=1e-3 * float(value.abs().max())), name
 
 
 def test_learning_rate_in_the_log_is_the_paper_s(toy, tmp_path):
@@ -1443,7 +1530,8 @@ def test_memory_and_files_stay_flat_over_200_epochs(tmp_path):
     (pretrain_inv, "--data folder --root OUT/empty", "train"),
     (pretrain_inv, "--data kinetics400 --root OUT/hollow", "no training videos"),
     (finetune, "--labeled-list OUT/empty/list.txt", "names no video"),
-    (evaluate, "--videos OUT", "--checkpoint"), (evaluate, "--videos OUT/bad --checkpoint OUT/inv.pt", "inv.pt"),
+    (evaluate, "OUT/inv_ft.pt --figures", "dist_ft.pt"), (evaluate, "--videos OUT", "--checkpoint"),
+    (evaluate, "--videos OUT/bad --checkpoint OUT/inv.pt", "inv.pt"),
 ])
 def test_mistakes_cost_one_line(module, flags, word, chain, toy, tmp_path, capsys):
     shutil.copytree(chain, tmp_path, dirs_exist_ok=True)

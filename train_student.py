@@ -6,12 +6,7 @@ OUT/dist.pt, from which the student starts. Writes OUT/student.pt.
     python train_student.py                               # after stages 1 and 2 on toy videos: two minutes on a CPU
     torchrun --nproc-per-node 4 train_student.py --data ucf101
     python train_student.py --reweight mean --name mean   # both teachers alike: table 2 (f)
-
-Logged, beside the loss terms: the mean weight of the invariant teacher, the share of videos whose similarity score had
-to be clamped, and how often the teachers agree.
 """
-
-import functools
 
 import numpy as np
 import torch
@@ -20,7 +15,7 @@ import torch.nn.functional as F
 from common import (
     WEAK, Parser, Pool, Run, UserError, VideoStream, augment, autocast, build_model, choose_labeled, combine_teachers,
     command, distillation_loss, draw, labeled_of_teachers, load_backbone, load_classifier, load_finished, number,
-    print0, random_span, settle_arguments, similarity_score, start, to_input, training_videos)
+    paired_similarity, print0, settle_arguments, similarity_score, start, to_input, training_videos)
 
 
 @command
@@ -35,7 +30,8 @@ def main(argv=None):
                metavar="X")
     parser.add("training", "--teacher-loss", "distillation loss", choices=("l2", "kl", "js"), default="l2")
     parser.add("training", "--reweight", "weight of the first teacher: each video's similarity score, one half, or a "
-               "number from 0 to 1", type=weighting, default="tstr", metavar="{tstr,mean,W}")
+               "number from 0 to 1", default="tstr", metavar="{tstr,mean,W}",
+               type=lambda text: text if text in ("tstr", "mean") else number(float, 0, 1)(text))
     parser.add("run", "--name", "the checkpoint is OUT/NAME.pt", default="student")
     args = parser.parse_args(argv)
     device = start(args)
@@ -56,15 +52,14 @@ def main(argv=None):
     student = build_model(args.arch, len(videos.classes))
     if init:
         load_backbone(student, args.init, init)
-    run = Run(args, "student", args.name, student, {"model": student}, videos, device, labeled)
+    run = Run(args, "student", args.name, student, videos, device, labeled)
     if run.finished:
         return
     teachers = [load_classifier(saved, device) for saved in saved_teachers.values()]
     score = score_videos(args.reweight, saved_teachers, videos)  # s of every video
     pools = [Pool(unlabeled, args.batch, cycle=False), Pool(labeled, args.batch, cycle=True)]
-    span = functools.partial(random_span, seed=args.seed, frames=args.frames, stride=args.stride)
     steps = len(unlabeled) // args.batch  # an epoch is one pass over the unlabelled videos; the labelled ones cycle
-    stream = VideoStream(videos, pools if teachers else pools[1:], span, args, device, run, steps)
+    stream = VideoStream(videos, pools if teachers else pools[1:], args.frames, args, device, run, steps)
 
     for _ in run.epochs():
         for frames, numbers, keys in run.steps(stream):
@@ -96,24 +91,15 @@ def main(argv=None):
     run.finish()
 
 
-def weighting(text):
-    """The argparse type of --reweight."""
-    return text if text in ("tstr", "mean") else number(float, 0, 1)(text)
-
-
 def score_videos(reweight, saved_teachers, videos):
     """The weight of the first teacher for every video, (N,): s of Eq. 6, or one number for all."""
     score = torch.full((len(videos),), 0.5 if isinstance(reweight, str) else reweight)
     if reweight == "tstr" and len(saved_teachers) == 2:
-        for name, saved in saved_teachers.items():
-            if "similarity" not in saved:
-                raise UserError(f"{name} does not come from stage 1, TSTR cannot weigh it: --reweight mean or a number")
-        rows = [{name: i for i, name in enumerate(saved["similarity_of"])} for saved in saved_teachers.values()]
-        both = [i for i, name in enumerate(videos.names()) if all(name in row for row in rows)]
-        score[both] = similarity_score(*(saved["similarity"][[row[videos.name(i)] for i in both]]
-                                         for saved, row in zip(saved_teachers.values(), rows)))
-        if len(both) < len(videos):
-            print0(f"{len(videos) - len(both)} videos could not be decoded after stage 1: their teachers count alike")
+        names, *matrices = paired_similarity(saved_teachers)
+        s = dict(zip(names, similarity_score(*matrices).tolist()))
+        score = torch.tensor([s.get(name, 0.5) for name in videos.names()])
+        if absent := sum(name not in s for name in videos.names()):
+            print0(f"{absent} videos could not be decoded after stage 1: their teachers count alike")
     return score
 
 
