@@ -154,12 +154,12 @@ def combine_teachers(p_inv, p_dist, score):
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
 class Backbone(nn.Module):
-    """What both networks share: their modules `stages()`, one after the other, make the features."""
+    """What both networks share: their parts(), stem and residual blocks one after the other, make the features."""
 
     def features(self, x):
         """(B, 3, T, H, W) -> (B, D, T'), pooled over space only."""
-        for stage in self.stages():
-            x = stage(x)
+        for part in self.parts():
+            x = part(x)
         return x.mean((3, 4))
 
     def initialise(self, mean, std):
@@ -201,8 +201,8 @@ class R3D(Backbone):
         conv.stride, conv.dilation, conv.padding, shortcut.stride = (1, 2, 2), (2, 1, 1), (2, 1, 1), (1, 2, 2)
         self.initialise(mean=(0.43216, 0.394666, 0.37645), std=(0.22803, 0.22145, 0.216989))
 
-    def stages(self):
-        return [self.stem, self.layer1, self.layer2, self.layer3, self.layer4]
+    def parts(self):
+        return [self.stem, *self.layer1, *self.layer2, *self.layer3, *self.layer4]
 
     def forward(self, x):
         return self.fc(self.features(x).mean(2))
@@ -252,8 +252,8 @@ class SlowR50(Backbone):
         self.blocks = nn.Sequential(stem, *stages, head)
         self.initialise(mean=(0.45, 0.45, 0.45), std=(0.225, 0.225, 0.225))
 
-    def stages(self):
-        return self.blocks[:-1]
+    def parts(self):
+        return [self.blocks[0], *(block for stage in self.blocks[1:-1] for block in stage.res_blocks)]
 
     def forward(self, x):
         return self.blocks[-1](self.features(x).mean(2))
@@ -944,20 +944,20 @@ def autocast(args, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def checkpoint_stages(backbone):
-    """Recompute each residual stage in the backward pass: memory for one stage's inside instead of all."""
+def checkpoint_parts(backbone):
+    """Recompute each residual block in the backward pass: memory for one block's inside instead of all."""
     @contextlib.contextmanager
-    def without_statistics(stage):  # the first pass has updated BatchNorm's statistics, the second one must not
-        before = [buffer.clone() for buffer in stage.buffers()]
+    def without_statistics(part):  # the first pass has updated BatchNorm's statistics, the second one must not
+        before = [buffer.clone() for buffer in part.buffers()]
         try:
             yield
         finally:  # torch leaves the second pass by an exception, as soon as it has what it needs
-            for buffer, value in zip(stage.buffers(), before):
+            for buffer, value in zip(part.buffers(), before):
                 buffer.data.copy_(value)  # .data: autograd has saved them, too, and need not know
 
-    for stage in backbone.stages():
-        stage.forward = functools.partial(checkpoint, stage.forward, use_reentrant=False, context_fn=functools.partial(
-            lambda stage: (contextlib.nullcontext(), without_statistics(stage)), stage))
+    for part in backbone.parts():
+        part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False, context_fn=functools.partial(
+            lambda part: (contextlib.nullcontext(), without_statistics(part)), part))
 
 
 FREE_ARGUMENTS = {  # those that may change between a run and its continuation
@@ -992,10 +992,10 @@ class Run:
             git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
             commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
             self.write_log([json.dumps({"command": " ".join(sys.argv), "commit": commit, **versions})])
-        for stage in parts["model"].stages() if args.compile else ():
-            stage.forward = torch.compile(stage.forward, dynamic=False)  # the stages differ in shape, not the steps
+        for part in parts["model"].parts() if args.compile else ():
+            part.forward = torch.compile(part.forward, dynamic=False)  # the parts differ in shape, not the steps
         if args.checkpointing:
-            checkpoint_stages(parts["model"])
+            checkpoint_parts(parts["model"])
         self.net = nn.parallel.DistributedDataParallel(net) if world_size() > 1 else net
 
     def resume(self, saved):
