@@ -494,8 +494,8 @@ def read_videos(data, root, train, split=1, pool="train"):
 
 def list_videos(folder):
     """The names of the video files in a folder, sorted; none if there is no such folder."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(name for name in names if name.lower().endswith(SUFFIXES))
+    entries = os.scandir(folder) if os.path.isdir(folder) else ()
+    return sorted(e.name for e in entries if e.name.lower().endswith(SUFFIXES) and e.is_file())
 
 
 def walk_videos(folder):
