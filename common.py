@@ -1122,7 +1122,7 @@ class Run:
         self.pending = (list(terms), values, ready, self.step, self.batch[1])
 
     def settle(self):
-        """Take in the numbers of the step that was recorded last; UserError if they are not finite."""
+        """Take in the numbers of the step that was recorded last; TrainingError if they are not finite."""
         if self.pending is None:
             return
         (names, values, ready, step, videos), self.pending = self.pending, None
@@ -1132,11 +1132,9 @@ class Run:
         self.stopping = self.stopping or stop > 0
         terms = dict(zip(names, values))
         if not all(map(math.isfinite, values)):
-            error = UserError(
+            raise TrainingError(
                 f"epoch {self.epoch + 1}, step {step + 1}: not finite: {terms}. The videos of this step: "
                 + ", ".join(self.stream.videos.name(i) for i in videos) + f". {self.path} was left as it was")
-            error.status = 1
-            raise error
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.bar.set_postfix({name: f"{total / (step + 1):.3f}" for name, total in self.sums.items()}, refresh=False)
@@ -1429,8 +1427,13 @@ def settle_arguments(args, stage, sources={}, inherited=()):
 
 
 class UserError(Exception):
-    """A mistake in arguments or input: `command` makes it one line on stderr and exit status 2, or `status`."""
+    """A mistake in arguments or input: `command` turns it into one line on stderr and exit status 2."""
     status = 2
+
+
+class TrainingError(UserError):
+    """Training cannot go on: one line on stderr, exit status 1."""
+    status = 1
 
 
 def command(main):

@@ -108,8 +108,7 @@ def evaluate(file, args, device):
     return {"checkpoint": file.name, "stage": saved["stage"], "init": settings.init, "arch": saved["arch"],
             "data": settings.data, "split": settings.split, "percent": settings.percent,
             "labeled_count": len(saved["labeled"]), "seed": settings.seed, "epochs": saved["epoch"],
-            "finished": saved["finished"],
-            "top1": 100 * hits[:, 0].mean(), "top5": 100 * hits[:, 1].mean(),
+            "finished": saved["finished"], "top1": 100 * hits[:, 0].mean(), "top5": 100 * hits[:, 1].mean(),
             "mean_class_accuracy": float(np.mean(list(per_class.values()))), "videos": len(videos),
             "unreadable": len(unreadable), "clips": args.clips, "scales": args.scales,
             "seconds": round(time.perf_counter() - begin, 1), "per_class": per_class}

@@ -56,7 +56,7 @@ def main(argv=None):
     if run.finished:
         return
     teachers = [load_classifier(saved, device) for saved in saved_teachers.values()]
-    score = score_videos(args.reweight, saved_teachers, videos)  # s of every video
+    score = score_videos(args.reweight, saved_teachers, videos.names())  # s of every video
     pools = [Pool(unlabeled, args.batch, cycle=False), Pool(labeled, args.batch, cycle=True)]
     steps = len(unlabeled) // args.batch  # an epoch is one pass over the unlabelled videos; the labelled ones cycle
     stream = VideoStream(videos, pools if teachers else pools[1:], args.frames, args, device, run, steps)
@@ -91,16 +91,15 @@ def main(argv=None):
     run.finish()
 
 
-def score_videos(reweight, saved_teachers, videos):
+def score_videos(reweight, saved_teachers, names):
     """The weight of the first teacher for every video, (N,): s of Eq. 6, or one number for all."""
-    score = torch.full((len(videos),), 0.5 if isinstance(reweight, str) else reweight)
+    s, otherwise = {}, 0.5 if isinstance(reweight, str) else reweight
     if reweight == "tstr" and len(saved_teachers) == 2:
-        names, *matrices = paired_similarity(saved_teachers)
-        s = dict(zip(names, similarity_score(*matrices).tolist()))
-        score = torch.tensor([s.get(name, 0.5) for name in videos.names()])
-        if absent := sum(name not in s for name in videos.names()):
+        known, *matrices = paired_similarity(saved_teachers)
+        s = dict(zip(known, similarity_score(*matrices).tolist()))
+        if absent := sum(name not in s for name in names):
             print0(f"{absent} videos could not be decoded after stage 1: their teachers count alike")
-    return score
+    return torch.tensor([s.get(name, otherwise) for name in names])
 
 
 if __name__ == "__main__":
