@@ -1402,8 +1402,7 @@ class Parser(argparse.ArgumentParser):
 
 def settle_arguments(args, stage, sources={}, inherited=()):
     """Fill in what no flag has set, from checkpoints, {name: content}, or by default; UserError on a contradiction."""
-    taken = []
-    ours = {path: saved for path, saved in sources.items() if saved.get("stage")}
+    taken, ours = [], {path: saved for path, saved in sources.items() if saved.get("stage")}
     for path, saved in ours.items():
         for key in inherited:
             value = saved["args"][key]
@@ -1419,8 +1418,10 @@ def settle_arguments(args, stage, sources={}, inherited=()):
             setattr(args, key, value)
     if getattr(args, "labeled_list", None) and args.percent is not None:
         raise UserError("--percent and --labeled-list: choose one")
-    if args.benchmark:
-        args.epochs = 10**6  # as many as it needs
+    args.epochs = 10**6 if args.benchmark else args.epochs  # as many as it needs
+    if args.device == "cpu" and args.precision == "bf16" and args.arch.startswith("r3d") and args.size > 112:
+        # oneDNN's bf16 backward pass has gradients up to inf there, or never ends (torch 2.11 and 2.15, AMX).
+        raise UserError(f"{args.arch} above --size 112 needs --precision fp32 on a CPU: bf16 gives wrong gradients")
     if args.batch % world_size():
         raise UserError(f"--batch {args.batch} cannot be shared among {world_size()} processes: choose a multiple")
     print0("settings:", *(f"--{k.replace('_', '-')} {value}" for k, value in vars(args).items() if value is not None))
@@ -1442,8 +1443,7 @@ def command(main):
     def run(argv=None):
         Signals.deferring = Signals.requested = False
         before = {s: signal.signal(s, Signals.handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        script = os.path.basename(main.__code__.co_filename)
-        status, text = 0, None
+        script, status, text = os.path.basename(main.__code__.co_filename), 0, None
         try:
             main(argv)
         except UserError as error:

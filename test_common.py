@@ -1514,6 +1514,7 @@ def test_memory_and_files_stay_flat_over_200_epochs(tmp_path):
     (pretrain_inv, "--clips 1", "--clips"), (pretrain_inv, "--lr -1", "--lr"), (pretrain_inv, "--lr nan", "--lr"),
     (pretrain_inv, "--temperature 0", "--temperature"), (pretrain_inv, "--epochs 0", "--epochs"),
     (pretrain_inv, "--what", "--what"), (pretrain_inv, "--percent 5", "--percent"),
+    (pretrain_inv, "--size 128 --precision bf16", "--precision fp32"),
     (pretrain_inv, "--data ucf101 --root /nowhere", "/nowhere"),
     (pretrain_inv, "--data hmdb51 --root /nowhere", "/nowhere"),
     (pretrain_inv, "--data folder --root /nowhere", "/nowhere"), (pretrain_dist, "--frames 8", "--frames 8"),
