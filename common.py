@@ -956,8 +956,8 @@ def checkpoint_parts(backbone):
                 buffer.data.copy_(value)  # .data: autograd has saved them, too, and need not know
 
     for part in backbone.parts():
-        part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False, context_fn=functools.partial(
-            lambda part: (contextlib.nullcontext(), without_statistics(part)), part))
+        contexts = lambda part=part: (contextlib.nullcontext(), without_statistics(part))  # of the two passes
+        part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False, context_fn=contexts)
 
 
 FREE_ARGUMENTS = {  # those that may change between a run and its continuation
@@ -977,14 +977,14 @@ class Run:
         self.path, self.log_path = Path(args.out) / f"{name}.pt", Path(args.out) / f"{name}.log"
         self.epoch, self.step, self.sums, self.finished = 0, 0, {}, False
         self.pending, self.stopping = None, False
-        parts = {"model": net.backbone, "head": net.head} if isinstance(net, Embedder) else {"model": net}
+        networks = {"model": net.backbone, "head": net.head} if isinstance(net, Embedder) else {"model": net}
         net.to(device, memory_format=torch.channels_last_3d)
         if world_size() > 1 and device.type == "cuda":
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         trained = [p for p in net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(trained, args.lr, betas=(0.9, 0.999), fused=device.type == "cuda")
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, factor=0.5, patience=args.patience)
-        self.parts = {**parts, "optimizer": self.optimizer, "plateau": self.plateau}
+        self.parts = {**networks, "optimizer": self.optimizer, "plateau": self.plateau}
         if not args.restart and not args.benchmark and broadcast(self.path.exists()):
             self.resume(read_checkpoint(self.path))
         elif not args.benchmark:
@@ -992,10 +992,10 @@ class Run:
             git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
             commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
             self.write_log([json.dumps({"command": " ".join(sys.argv), "commit": commit, **versions})])
-        for part in parts["model"].parts() if args.compile else ():
+        for part in networks["model"].parts() if args.compile else ():
             part.forward = torch.compile(part.forward, dynamic=False)  # the parts differ in shape, not the steps
         if args.checkpointing:
-            checkpoint_parts(parts["model"])
+            checkpoint_parts(networks["model"])
         self.net = nn.parallel.DistributedDataParallel(net) if world_size() > 1 else net
 
     def resume(self, saved):
@@ -1418,10 +1418,10 @@ def settle_arguments(args, stage, sources={}, inherited=()):
             setattr(args, key, value)
     if getattr(args, "labeled_list", None) and args.percent is not None:
         raise UserError("--percent and --labeled-list: choose one")
-    args.epochs = 10**6 if args.benchmark else args.epochs  # as many as it needs
+    if args.benchmark:
+        args.epochs = 10**6  # as many as it needs
     if args.device == "cpu" and args.precision == "bf16" and args.arch.startswith("r3d") and args.size > 112:
-        # oneDNN's bf16 backward pass has gradients up to inf there, or never ends (torch 2.11 and 2.15, AMX).
-        raise UserError(f"{args.arch} above --size 112 needs --precision fp32 on a CPU: bf16 gives wrong gradients")
+        raise UserError(f"{args.arch} above --size 112 needs --precision fp32 on a CPU: oneDNN's bf16 is wrong there")
     if args.batch % world_size():
         raise UserError(f"--batch {args.batch} cannot be shared among {world_size()} processes: choose a multiple")
     print0("settings:", *(f"--{k.replace('_', '-')} {value}" for k, value in vars(args).items() if value is not None))
