@@ -1,13 +1,17 @@
 """TimeBalance (Dave et al., CVPR 2023, arXiv 2303.16268): what the five stages share.
 
-Losses - TSTR - models - data - toy videos - distributed - optimisation - checkpoints - evaluation - arguments.
-The method comes first and takes tensors, paths and plain numbers alone: any function or class above "distributed" can
-be copied into other code with the few names that it calls."""
+    errors and printing - losses - TSTR - models - decoding - augmentation - lists of videos
+    distributed - toy videos - commands - batches - state - meter - checkpoints - passes - arguments
+
+The first line is the method. It takes tensors, paths and plain numbers alone, so any function or
+class of it can be copied into other code with the few names that it calls. The second line is what
+a run of many days needs: it knows of ranks, checkpoints and command lines."""
 
 import argparse
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -18,6 +22,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+import zipfile
 from collections import Counter, OrderedDict, namedtuple
 from pathlib import Path
 
@@ -28,20 +34,42 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.video.resnet import BasicBlock, Conv3DSimple
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-# ---- Losses ----------------------------------------------------------------------------------------------------------
-def cosine_similarity(a, b):
-    """Sim(., .) of Eq. 5 and tau * log h(., .) of Eq. 1-3 for all pairs: (..., n, d), (..., m, d) -> (..., n, m).
 
-    In float32 inside autocast too: in bfloat16 a cosine of 0.9 is off by 0.002, which 1 / tau multiplies by ten."""
+# ---- Errors and printing -------------------------------------------------------------------------
+class UserError(Exception):
+    """A mistake in arguments or input: `command` makes it one line on stderr and exit status 2."""
+    status = 2
+
+
+class TrainingError(UserError):
+    """Training cannot go on: one line on stderr, exit status 1."""
+    status = 1
+
+
+def print0(*text):
+    """Print above the progress bar, from torchrun's first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(" ".join(map(str, text)))
+
+
+# ---- Losses --------------------------------------------------------------------------------------
+def cosine_similarity(a, b):
+    """Sim(., .) of Eq. 5 and tau * log h(., .) of Eq. 1-3, all pairs: (..., n, d), (..., m, d) ->
+    (..., n, m).
+
+    In float32 inside autocast too: in bfloat16 a cosine of 0.9 is off by 0.002, which 1 / tau
+    multiplies by ten."""
     with torch.autocast(a.device.type, enabled=False):
-        return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).transpose(-1, -2)
+        a = F.normalize(a.float(), dim=-1)
+        b = F.normalize(b.float(), dim=-1)
+        return a @ b.transpose(-1, -2)
 
 
 def check_clips(z, other=None):
@@ -54,65 +82,76 @@ def check_clips(z, other=None):
 def invariant_loss(z, temperature=0.1):
     """L_I, Eq. 1: clips of one video agree, clips of different videos do not.
 
-    z: (B, n, d), n >= 2 clips of each of B >= 2 videos, of any norm. Returns a scalar: the mean over the ordered pairs
-    of clips of one video, which is the paper's sum up to a factor B * n * (n - 1). ValueError for other shapes.
+    z: (B, n, d), n >= 2 clips of each of B >= 2 videos, of any norm. Returns a scalar: the mean
+    over the ordered pairs of clips of one video, which is the paper's sum up to a factor
+    B * n * (n - 1). ValueError for other shapes.
 
-    Eq. 1 as printed: the indicator covers the first term of the denominator alone. So the anchor z[i, t1] meets clip t1
-    of the other videos, and clip t2 of every video; the latter's j = i is the positive."""
+    Eq. 1 as printed: the indicator covers the first term of the denominator alone. So the anchor
+    z[i, t1] meets clip t1 of the other videos, and clip t2 of every video; the latter's j = i is
+    the positive."""
     check_clips(z)
     B, n, _ = z.shape
     if B < 2:
         raise ValueError("Eq. 1 takes its negatives from other videos: a batch needs at least two")
-    logits = cosine_similarity(z.flatten(0, 1), z.flatten(0, 1)).view(B, n, B, n) / temperature  # i, t1, j, t2
+    logits = cosine_similarity(z.flatten(0, 1), z.flatten(0, 1)) / temperature
+    logits = logits.view(B, n, B, n)  # i, t1, j, t2
     same_video = torch.eye(B, dtype=torch.bool, device=z.device)
     same_clip = torch.eye(n, dtype=torch.bool, device=z.device)
     positive = logits.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # i, t1, t2
-    at_t1 = logits.diagonal(dim1=1, dim2=3).masked_fill(same_video[:, :, None], -torch.inf).logsumexp(1)  # i, t1
-    at_t2 = logits.logsumexp(2)  # i, t1, t2
-    loss = torch.logaddexp(at_t1[:, :, None], at_t2) - positive
+    to_t1 = logits.diagonal(dim1=1, dim2=3)  # i, j, t1
+    to_t1 = to_t1.masked_fill(same_video[:, :, None], -torch.inf).logsumexp(1)  # i, t1
+    to_t2 = logits.logsumexp(2)  # i, t1, t2
+    loss = torch.logaddexp(to_t1[:, :, None], to_t2) - positive
     return loss.masked_fill(same_clip, 0).sum() / (B * n * (n - 1))
 
 
 def distinctive_loss(z, z_aug, temperature=0.1):
     """L_D1, Eq. 3: a clip agrees with its other augmentation, not with the video's other clips.
 
-    z, z_aug: (B, n, d), the same n >= 2 clips of B videos under two augmentations, of any norm. Returns a scalar: the
-    mean over the 2 * B * n anchors. ValueError for other shapes.
+    z, z_aug: (B, n, d), the same n >= 2 clips of B videos under two augmentations, of any norm.
+    Returns a scalar: the mean over the 2 * B * n anchors. ValueError for other shapes.
 
-    The negatives of an anchor are the other timestamps of its own video in both augmentations. Two readings of Eq. 3:
-    its denominator also holds the positive (as printed, without it, the loss has no lower bound), and a clip of either
-    augmentation serves as anchor."""
+    The negatives of an anchor are the other timestamps of its own video in both augmentations. Two
+    readings of Eq. 3: its denominator also holds the positive (as printed, without it, the loss has
+    no lower bound), and a clip of either augmentation serves as anchor."""
     check_clips(z, z_aug)
     B, n, _ = z.shape
     views = torch.cat([z, z_aug], 1)  # (B, 2n, d)
     itself = torch.eye(2 * n, dtype=torch.bool, device=z.device)
     logits = (cosine_similarity(views, views) / temperature).masked_fill(itself, -torch.inf)
-    positive = torch.arange(2 * n, device=z.device).roll(n)  # the same clip in the other augmentation
+    positive = torch.arange(2 * n, device=z.device).roll(n)  # the clip in the other augmentation
     return F.cross_entropy(logits.flatten(0, 1), positive.repeat(B))
 
 
 def unpooled_distinctive_loss(z_local, z_global, temperature=0.1):
-    """L_D2, supplement D.2 (the local-global loss of TCLR): short clip t agrees with slice t of the long clip.
+    """L_D2, supplement D.2 (the local-global loss of TCLR): short clip t agrees with slice t of the
+    long clip.
 
-    z_local: (B, n, d), the n >= 2 short clips of B videos, pooled over time. z_global: (B, n, d), the n temporal slices
-    of the long clip that spans them. Of any norm. Returns a scalar: InfoNCE over the video's n slices for each clip and
-    over its n clips for each slice, mean over both and over videos. ValueError for other shapes."""
+    z_local: (B, n, d), the n >= 2 short clips of B videos, pooled over time. z_global: (B, n, d),
+    the n temporal slices of the long clip that spans them. Of any norm. Returns a scalar: InfoNCE
+    over the video's n slices for each clip and over its n clips for each slice, mean over both and
+    over videos. ValueError for other shapes."""
     check_clips(z_local, z_global)
     B, n, _ = z_local.shape
     logits = cosine_similarity(z_local, z_global) / temperature  # B, clip, slice
     aligned = torch.arange(n, device=logits.device).expand(B, n)
-    return (F.cross_entropy(logits, aligned) + F.cross_entropy(logits.transpose(1, 2), aligned)) / 2
+    to_slices = F.cross_entropy(logits.transpose(1, 2), aligned)
+    to_clips = F.cross_entropy(logits, aligned)
+    return (to_clips + to_slices) / 2
 
 
 def distillation_loss(p_student, p_teacher, kind="l2"):
-    """L_unsup, Eq. 8 ("l2"), and the two other teacher losses of supplement C.1, in natural logarithms.
+    """L_unsup, Eq. 8 ("l2"), and the two other losses of supplement C.1, in natural logarithms.
 
-    p_student, p_teacher: (B, C) probabilities. Returns a scalar: the sum over classes of the squared difference ("l2"),
-    KL(teacher || student) ("kl") or the Jensen-Shannon divergence ("js"), mean over the batch. Probabilities under 1e-8
-    count as 1e-8 inside logarithms: one-hot vectors have finite gradients. ValueError for other shapes or kinds."""
+    p_student, p_teacher: (B, C) probabilities. Returns a scalar: the sum over classes of the
+    squared difference ("l2"), KL(teacher || student) ("kl") or the Jensen-Shannon divergence
+    ("js"), mean over the batch. Probabilities under 1e-8 count as 1e-8 inside logarithms: one-hot
+    vectors have finite gradients. ValueError for other shapes or kinds."""
     if p_student.ndim != 2 or p_student.shape != p_teacher.shape:
-        raise ValueError(f"expected two (B, C), got {tuple(p_student.shape)} and {tuple(p_teacher.shape)}")
-    p_student, p_teacher = p_student.float(), p_teacher.float()
+        shapes = f"{tuple(p_student.shape)} and {tuple(p_teacher.shape)}"
+        raise ValueError(f"expected two (B, C), got {shapes}")
+    p_student = p_student.float()
+    p_teacher = p_teacher.float()
 
     def kl(p, q):
         return (p * (p.clamp_min(1e-8).log() - q.clamp_min(1e-8).log())).sum(1)
@@ -127,17 +166,16 @@ def distillation_loss(p_student, p_teacher, kind="l2"):
     raise ValueError(f"unknown distillation loss {kind!r}: l2, kl or js")
 
 
-# ---- Temporal similarity based teacher reweighting (TSTR, Sec. 3.2) --------------------------------------------------
+# ---- Temporal similarity based teacher reweighting (TSTR, Sec. 3.2) ------------------------------
 def temporal_similarity(z):
-    """C, Eq. 5: (B, n, d) representations of n clips of B videos -> (B, n, n) cosine similarities between the clips."""
+    """C, Eq. 5: (B, n, d) representations of n clips of B videos -> (B, n, n) cosines of clips."""
     check_clips(z)
     return cosine_similarity(z, z)
 
 
 def similarity_score(c_inv, c_dist):
-    """s, Eq. 6: the mean of the off-diagonal elements of both teachers' (B, n, n) matrices -> (B,), clamped to [0, 1].
-
-    A cosine can be negative, a weight cannot: hence the clamp, which the paper leaves open."""
+    """s, Eq. 6: the mean of the off-diagonal elements of both teachers' (B, n, n) matrices -> (B,),
+    clamped to [0, 1]: a cosine can be negative, a weight cannot, which the paper leaves open."""
     check_clips(c_inv, c_dist)
     n = c_inv.shape[1]
     diagonal = torch.eye(n, dtype=torch.bool, device=c_inv.device)
@@ -146,15 +184,20 @@ def similarity_score(c_inv, c_dist):
 
 
 def combine_teachers(p_inv, p_dist, score):
-    """p_T, Eq. 7: (B, C) and (B, C) class probabilities weighted by score (B,) and 1 - score -> (B, C)."""
+    """p_T, Eq. 7: two (B, C) probabilities, weighted by score (B,) and 1 - score -> (B, C)."""
     if p_inv.ndim != 2 or p_inv.shape != p_dist.shape or score.shape != p_inv.shape[:1]:
-        raise ValueError(f"expected (B, C), (B, C), (B,), got {[tuple(t.shape) for t in (p_inv, p_dist, score)]}")
+        shapes = [tuple(t.shape) for t in (p_inv, p_dist, score)]
+        raise ValueError(f"expected (B, C), (B, C), (B,), got {shapes}")
     return score[:, None] * p_inv + (1 - score)[:, None] * p_dist
 
 
-# ---- Models ----------------------------------------------------------------------------------------------------------
+# ---- Models --------------------------------------------------------------------------------------
 class Backbone(nn.Module):
-    """What both networks share: their parts(), stem and residual blocks one after the other, make the features."""
+    """What both networks share: their parts() one after the other make the features."""
+
+    def parts(self):
+        """The stem and the residual blocks, in order."""
+        raise NotImplementedError
 
     def features(self, x):
         """(B, 3, T, H, W) -> (B, D, T'), pooled over space only."""
@@ -163,7 +206,8 @@ class Backbone(nn.Module):
         return x.mean((3, 4))
 
     def initialise(self, mean, std):
-        """torchvision's and PyTorchVideo's initial weights; mean, std: theirs expect RGB in [0, 1] so normalised."""
+        """torchvision's and PyTorchVideo's initial weights; mean, std: of the RGB in [0, 1] that
+        theirs expect."""
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
         for module in self.modules():
@@ -175,10 +219,11 @@ class Backbone(nn.Module):
 
 
 class R3D(Backbone):
-    """torchvision's r3d_18, key for key and shape for shape, except that layer4 keeps the time axis.
+    """torchvision's r3d_18, key for key and shape for shape, but layer4 keeps the time axis.
 
-    Its first convolution and its downsampling have no temporal stride, the convolution a temporal dilation of 2
-    instead: 16 frames leave T' = 4 time steps, which L_D2 needs. r3d_18 has width 64 and 2 blocks a layer."""
+    Its first convolution and its downsampling have no temporal stride, the convolution a temporal
+    dilation of 2 instead: 16 frames leave T' = 4 time steps, which L_D2 needs. r3d_18 has width 64
+    and 2 blocks a layer."""
 
     def __init__(self, num_classes, width=64, depth=2):
         super().__init__()
@@ -186,9 +231,12 @@ class R3D(Backbone):
         def layer(dim_in, dim_out, stride):
             shortcut = None
             if stride > 1:
-                shortcut = nn.Sequential(nn.Conv3d(dim_in, dim_out, 1, stride, bias=False), nn.BatchNorm3d(dim_out))
-            first = BasicBlock(dim_in, dim_out, Conv3DSimple, stride, shortcut)
-            return nn.Sequential(first, *(BasicBlock(dim_out, dim_out, Conv3DSimple) for _ in range(depth - 1)))
+                shortcut = nn.Sequential(
+                    nn.Conv3d(dim_in, dim_out, 1, stride, bias=False), nn.BatchNorm3d(dim_out))
+            blocks = [BasicBlock(dim_in, dim_out, Conv3DSimple, stride, shortcut)]
+            for _ in range(depth - 1):
+                blocks.append(BasicBlock(dim_out, dim_out, Conv3DSimple))
+            return nn.Sequential(*blocks)
 
         stem = nn.Conv3d(3, width, (3, 7, 7), (1, 2, 2), (1, 3, 3), bias=False)
         self.stem = nn.Sequential(stem, nn.BatchNorm3d(width), nn.ReLU(inplace=True))
@@ -197,8 +245,10 @@ class R3D(Backbone):
         self.layer3 = layer(2 * width, 4 * width, 2)
         self.layer4 = layer(4 * width, 8 * width, 2)
         self.fc = nn.Linear(8 * width, num_classes)
-        conv, shortcut = self.layer4[0].conv1[0], self.layer4[0].downsample[0]
-        conv.stride, conv.dilation, conv.padding, shortcut.stride = (1, 2, 2), (2, 1, 1), (2, 1, 1), (1, 2, 2)
+        conv = self.layer4[0].conv1[0]
+        conv.stride = (1, 2, 2)
+        conv.dilation = conv.padding = (2, 1, 1)
+        self.layer4[0].downsample[0].stride = (1, 2, 2)
         self.initialise(mean=(0.43216, 0.394666, 0.37645), std=(0.22803, 0.22145, 0.216989))
 
     def parts(self):
@@ -217,13 +267,18 @@ class Bottleneck(nn.Module):
         if dim_in != dim_out:
             self.branch1_conv = nn.Conv3d(dim_in, dim_out, 1, (1, stride, stride), bias=False)
             self.branch1_norm = nn.BatchNorm3d(dim_out)
-        padding = temporal_kernel // 2
+        kernel = (temporal_kernel, 1, 1)
+        padding = (temporal_kernel // 2, 0, 0)
         self.branch2 = nn.Sequential(OrderedDict(
-            conv_a=nn.Conv3d(dim_in, dim_inner, (temporal_kernel, 1, 1), padding=(padding, 0, 0), bias=False),
-            norm_a=nn.BatchNorm3d(dim_inner), act_a=nn.ReLU(inplace=True),
-            conv_b=nn.Conv3d(dim_inner, dim_inner, (1, 3, 3), (1, stride, stride), (0, 1, 1), bias=False),
-            norm_b=nn.BatchNorm3d(dim_inner), act_b=nn.ReLU(inplace=True),
-            conv_c=nn.Conv3d(dim_inner, dim_out, 1, bias=False), norm_c=nn.BatchNorm3d(dim_out)))
+            conv_a=nn.Conv3d(dim_in, dim_inner, kernel, padding=padding, bias=False),
+            norm_a=nn.BatchNorm3d(dim_inner),
+            act_a=nn.ReLU(inplace=True),
+            conv_b=nn.Conv3d(dim_inner, dim_inner, (1, 3, 3), (1, stride, stride), (0, 1, 1),
+                             bias=False),
+            norm_b=nn.BatchNorm3d(dim_inner),
+            act_b=nn.ReLU(inplace=True),
+            conv_c=nn.Conv3d(dim_inner, dim_out, 1, bias=False),
+            norm_c=nn.BatchNorm3d(dim_out)))
         nn.init.zeros_(self.branch2.norm_c.weight)
 
     def forward(self, x):
@@ -232,88 +287,166 @@ class Bottleneck(nn.Module):
 
 
 class SlowR50(Backbone):
-    """PyTorchVideo's slow_r50 (3D-ResNet-50 of the paper), key for key and number for number, for any input size.
+    """PyTorchVideo's slow_r50 (the paper's 3D-ResNet-50), key for key and number for number, for
+    any input size.
 
     No temporal stride anywhere, temporal kernels of 3 in the last two stages only."""
 
     def __init__(self, num_classes):
         super().__init__()
         stem = nn.Sequential(OrderedDict(
-            conv=nn.Conv3d(3, 64, (1, 7, 7), (1, 2, 2), (0, 3, 3), bias=False), norm=nn.BatchNorm3d(64),
-            activation=nn.ReLU(inplace=True), pool=nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))))
-        stages, dim_in = [], 64
-        for depth, inner, kernel, stride in [(3, 64, 1, 1), (4, 128, 1, 2), (6, 256, 3, 2), (3, 512, 3, 2)]:
+            conv=nn.Conv3d(3, 64, (1, 7, 7), (1, 2, 2), (0, 3, 3), bias=False),
+            norm=nn.BatchNorm3d(64),
+            activation=nn.ReLU(inplace=True),
+            pool=nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))))
+        stages = []
+        dim_in = 64
+        for depth, inner, kernel, stride in [(3, 64, 1, 1), (4, 128, 1, 2), (6, 256, 3, 2),
+                                             (3, 512, 3, 2)]:
             blocks = nn.Sequential()
             for i in range(depth):
                 blocks.append(Bottleneck(dim_in, inner, 4 * inner, kernel, stride if i == 0 else 1))
                 dim_in = 4 * inner
             stages.append(nn.Sequential(OrderedDict(res_blocks=blocks)))
-        head = nn.Sequential(OrderedDict(dropout=nn.Dropout(0.5), proj=nn.Linear(dim_in, num_classes)))
+        head = nn.Sequential(OrderedDict(
+            dropout=nn.Dropout(0.5), proj=nn.Linear(dim_in, num_classes)))
         self.blocks = nn.Sequential(stem, *stages, head)
         self.initialise(mean=(0.45, 0.45, 0.45), std=(0.225, 0.225, 0.225))
 
     def parts(self):
-        return [self.blocks[0], *(block for stage in self.blocks[1:-1] for block in stage.res_blocks)]
+        stem, *stages, _ = self.blocks
+        return [stem] + [block for stage in stages for block in stage.res_blocks]
 
     def forward(self, x):
         return self.blocks[-1](self.features(x).mean(2))
 
 
-ARCHS = {"r3d_18": R3D, "slow_r50": SlowR50, "r3d_tiny": functools.partial(R3D, width=16, depth=1)}
+ARCHS = {
+    "r3d_18": R3D,
+    "slow_r50": SlowR50,
+    "r3d_tiny": functools.partial(R3D, width=16, depth=1),
+}
 CLASSIFIERS = ("fc.", "blocks.5.proj.")  # the keys under which the classifier's weights lie
 
 
 def build_model(arch, num_classes):
-    """A classifier of clips, (B, 3, T, H, W) -> logits (B, num_classes), with .features(x) -> (B, D, T').
+    """A classifier of clips, (B, 3, T, H, W) -> logits (B, num_classes), with
+    .features(x) -> (B, D, T').
 
-    arch: r3d_18 (D = 512, T' = T / 4), slow_r50 (D = 2048, T' = T), or r3d_tiny, an r3d of a quarter of the width and
-    half the depth (D = 128). The state dict has torchvision's or PyTorchVideo's keys. ValueError for other names."""
+    arch: r3d_18 (D = 512, T' = T / 4), slow_r50 (D = 2048, T' = T), or r3d_tiny, an r3d of a
+    quarter of the width and half the depth (D = 128). The state dict has torchvision's or
+    PyTorchVideo's keys. ValueError for other names."""
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}: {', '.join(ARCHS)}")
     return ARCHS[arch](num_classes)
+
+
+def count_time_steps(arch, frames, size):
+    """T', the time steps in the features of clips of `frames` frames."""
+    with torch.device("meta"):  # computes shapes alone
+        clip = torch.empty(1, 3, frames, size, size)
+        return build_model(arch, 1).features(clip).shape[2]
 
 
 class ProjectionHead(nn.Sequential):
     """g, supplement B.1.2: (B, dim) clip features -> (B, 128) of unit length."""
 
     def __init__(self, dim):
-        super().__init__(nn.Linear(dim, 512), nn.BatchNorm1d(512), nn.ReLU(inplace=True),
-                         nn.Linear(512, 128, bias=False), nn.BatchNorm1d(128))
+        super().__init__(
+            nn.Linear(dim, 512),
+            nn.BatchNorm1d(512),
+            nn.ReLU(inplace=True),
+            nn.Linear(512, 128, bias=False),
+            nn.BatchNorm1d(128))
 
     def forward(self, x):
         return F.normalize(super().forward(x).float(), dim=-1)
 
 
 class Embedder(nn.Module):
-    """g(f(x)): a backbone of build_model and its projection head in one module, as DistributedDataParallel needs it."""
+    """g(f(x)): a backbone of build_model and its projection head in one module, as
+    DistributedDataParallel needs it."""
 
     def __init__(self, backbone):
         super().__init__()
         self.backbone = backbone
-        classifier, = (p for name, p in backbone.named_parameters() if name.startswith(CLASSIFIERS) and p.ndim == 2)
-        self.head = ProjectionHead(classifier.shape[1])
         for name, parameter in backbone.named_parameters():
-            parameter.requires_grad_(not name.startswith(CLASSIFIERS))  # no part of the self-supervised stage
+            if name.startswith(CLASSIFIERS):
+                parameter.requires_grad_(False)  # no part of the self-supervised stage
+                if name.endswith("weight"):
+                    self.head = ProjectionHead(parameter.shape[1])
 
     def forward(self, clips, num_long=0, slices=1):
-        """clips: (N, 3, T, H, W), the last `num_long` of them long clips -> (N - num_long + num_long * slices, 128).
+        """(N, 3, T, H, W), the last `num_long` of them long clips ->
+        (N - num_long + num_long * slices, 128).
 
-        A row for each clip, pooled over time, then `slices` rows for each long clip, one for each temporal slice of its
-        features. All pass the head together, so its BatchNorm sees one batch."""
+        A row for each clip, pooled over time, then `slices` rows for each long clip, one for each
+        temporal slice of its features. All pass the head together: its BatchNorm sees one batch."""
         f = self.backbone.features(clips)  # (N, D, T')
         pooled, unpooled = f.split([len(f) - num_long, num_long])
-        unpooled = unpooled.unflatten(2, (slices, -1)).mean(3).transpose(1, 2).flatten(0, 1)  # (num_long * slices, D)
+        unpooled = unpooled.unflatten(2, (slices, -1)).mean(3)  # (num_long, D, slices)
+        unpooled = unpooled.transpose(1, 2).flatten(0, 1)  # (num_long * slices, D)
         return self.head(torch.cat([pooled.mean(2), unpooled]))
 
 
-# ---- Data: exact frames of real files --------------------------------------------------------------------------------
-SEEKABLE = {"avi", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"}  # formats with an index, where seeking is exact
+def load_backbone(model, saved):
+    """Give a model all weights but the classifier's, from what torch.load returned, whoever wrote
+    it -> how many tensors were taken and left.
+
+    Known public forms: torchvision's r3d_18 (a bare state dict), PyTorchVideo's slow_r50 (under
+    "model_state"), TCLR's (under "state_dict", names behind "module.0.", trained on BGR frames).
+    ValueError if a tensor is missing or does not fit."""
+    weights = saved
+    for key in ("state_dict", "model_state", "model"):
+        weights = saved.get(key, weights)
+    tclr = any(name.startswith("module.0.") for name in weights)
+    prefix = "module.0." if tclr else "module."
+    weights = {name.removeprefix(prefix).removeprefix("module."): w for name, w in weights.items()}
+    own = {k: w for k, w in model.state_dict().items() if not k.startswith(CLASSIFIERS)}
+    fitting = {}
+    for key, weight in own.items():
+        if key in weights and weights[key].shape == weight.shape:
+            fitting[key] = weights[key]
+    unfit = [k for k in own if k not in fitting and not k.endswith("num_batches_tracked")]
+    if unfit:
+        raise ValueError(f"{len(fitting)} of {len(own)} tensors fit, {unfit[0]} does not: "
+                         "another arch?")
+    if tclr:
+        fitting["stem.0.weight"] = fitting["stem.0.weight"].flip(1)
+    model.load_state_dict(fitting, strict=False)
+    return len(fitting), len(weights) - len(fitting)
+
+
+def recompute_parts(backbone):
+    """Recompute each residual block in the backward pass: memory for one block's inside instead of
+    all (activation checkpointing, --checkpointing)."""
+    @contextlib.contextmanager
+    def without_statistics(part):  # the first pass has updated BatchNorm's, the second must not
+        before = [buffer.clone() for buffer in part.buffers()]
+        try:
+            yield
+        finally:  # torch leaves the second pass by an exception, as soon as it has what it needs
+            for buffer, value in zip(part.buffers(), before):
+                buffer.data.copy_(value)  # .data: autograd has saved them and need not know
+
+    for part in backbone.parts():
+        def contexts(part=part):
+            return contextlib.nullcontext(), without_statistics(part)
+
+        part.forward = functools.partial(
+            recompute, part.forward, use_reentrant=False, context_fn=contexts)
+
+
+# ---- Decoding: exact frames of real files --------------------------------------------------------
+SEEKABLE = {"avi", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"}  # have an index: seeking is exact
 DECODE_ERRORS = (av.FFmpegError, OSError, ValueError, IndexError)  # what a damaged file can raise
 
 
 def open_video(path):
-    """An open av container and its first video stream that is not an attached picture, decoded in this thread."""
-    # "file:" keeps a name with a colon from being taken for a URL; HMDB51 has metadata that is not UTF-8.
+    """An open av container and its first video stream that is no attached picture, decoded in this
+    thread."""
+    # "file:" keeps a name with a colon from being taken for a URL; HMDB51 has metadata that is not
+    # UTF-8.
     container = av.open(f"file:{os.fspath(path)}", metadata_errors="ignore")
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:
@@ -324,31 +457,38 @@ def open_video(path):
 
 
 def decode_frames(path, indices, short_side=None):
-    """Decode frames of a video file by their number in presentation order.
+    """Decode frames of a video file by their index in presentation order.
 
     path: a file of any format that FFmpeg reads.
-    indices: frame numbers from 0, in any order, repeated or not; or a function from the number of frames to them. Files
-        do not know their number of frames: the function is called with the number of packets, and again with the true
-        number where fewer frames come out (HMDB51's files hold a packet too many, truncated files more).
+    indices: from 0, in any order, repeated or not; or a function from the count of frames to them.
+        Files do not know their count of frames: the function is called with the count of packets,
+        and again with the true count where fewer frames come out (HMDB51's files hold a packet too
+        many, truncated files more).
     short_side: scale frames down, never up, to this many pixels on their shorter side.
 
-    Returns torch.uint8 (len(indices), H, W, 3), RGB, upright: what a full decode gives at these numbers. IndexError for
-    a frame past the end; av.FFmpegError, OSError or ValueError for a file that cannot be decoded."""
+    Returns torch.uint8 (len(indices), H, W, 3), RGB, upright: what a full decode gives there.
+    IndexError for a frame past the end; av.FFmpegError, OSError or ValueError for a file that
+    cannot be decoded."""
     container, stream = open_video(path)
     with container:
-        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]  # about 1 ms, decodes nothing
+        # About 1 ms: decodes nothing.
+        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
         wanted = [int(i) for i in (indices(len(packets)) if callable(indices) else indices)]
         if min(wanted, default=-1) < 0:
             raise IndexError(f"frames {wanted} asked for")
-        # A frame's number is the rank of its timestamp. Not so in AVI with B-frames (XviD and DivX, so much of UCF101
-        # and all of HMDB51), whose timestamps are not in order, nor where the file begins in the middle of a group.
+        # A frame's index is the rank of its timestamp. Not so in AVI with B-frames (XviD and DivX,
+        # so much of UCF101 and all of HMDB51), whose timestamps are not in order, nor where the
+        # file begins in the middle of a group.
         pts = [p.pts for p in packets]
         b_frames_in_avi = container.format.name == "avi" and stream.codec_context.has_b_frames
-        starts_clean = packets and None not in pts and packets[0].is_keyframe and pts[0] == min(pts)
+        starts_clean = (packets and None not in pts and packets[0].is_keyframe
+                        and pts[0] == min(pts))
         if container.format.name in SEEKABLE and starts_clean and not b_frames_in_avi:
-            number = {t: i for i, t in enumerate(sorted(pts))}
-            container.seek(max(p.pts for p in packets if p.is_keyframe and number[p.pts] <= min(wanted)), stream=stream)
-            frames, _ = pick_frames(((number.get(f.pts), f) for f in decode(container, stream)), wanted, short_side)
+            index = {t: i for i, t in enumerate(sorted(pts))}
+            keyframes = [p.pts for p in packets if p.is_keyframe]
+            container.seek(max(t for t in keyframes if index[t] <= min(wanted)), stream=stream)
+            indexed = ((index.get(frame.pts), frame) for frame in decode(container, stream))
+            frames, _ = pick_frames(indexed, wanted, short_side)
             if frames is not None:
                 return frames
     container, stream = open_video(path)  # count from the start
@@ -364,40 +504,51 @@ def decode_frames(path, indices, short_side=None):
 
 
 def decode(container, stream):
-    """All frames from the current position on. A damaged packet yields none and ends nothing, as in video players."""
+    """All frames from here on. A damaged packet yields none and ends nothing, as in players."""
     for packet in container.demux(stream):
         with contextlib.suppress(av.error.InvalidDataError):
             yield from packet.decode()
 
 
-def pick_frames(numbered_frames, wanted, short_side):
-    """Of (number, frame) pairs in rising order the wanted ones: (uint8 (T, H, W, 3), None if one is missing; count).
+def pick_frames(indexed_frames, wanted, short_side):
+    """Of (index, frame) pairs in rising order the wanted ones: (uint8 (T, H, W, 3), None if one is
+    missing; count of frames seen).
 
-    Stops behind the last wanted frame, and at a gap in the numbers: they would not be those of a full decode."""
+    Stops behind the last wanted frame, and at a gap: indices behind it are not a full decode's."""
     places = {}
-    for place, number in enumerate(wanted):
-        places.setdefault(number, []).append(place)
-    out, count, last = None, 0, max(wanted)
-    scaler = av.video.reformatter.VideoReformatter()  # for all frames: PyAV's default is one for each, 4 times slower
-    for number, frame in numbered_frames:
-        if number is None or (count and number != count):
+    for place, index in enumerate(wanted):
+        places.setdefault(index, []).append(place)
+    out = None
+    count = 0
+    last = max(wanted)
+    # One for all frames: PyAV's default is one for each, 4 times slower.
+    scaler = av.video.reformatter.VideoReformatter()
+    for index, frame in indexed_frames:
+        if index is None or (count and index != count):
             return None, 0
-        count = number + 1
-        if number in places:
+        count = index + 1
+        if index in places:
             if out is None:  # the first frame settles the size, should it change within the file
-                height, width, turns = frame.height, frame.width, round(frame.rotation / 90) % 4
-                scale = min(1, short_side / min(height, width)) if short_side else 1
-                height, width = round(height * scale), round(width * scale)
-                out = np.empty((len(wanted), *((width, height) if turns % 2 else (height, width)), 3), np.uint8)
+                scale = 1
+                if short_side:
+                    scale = min(1, short_side / min(frame.height, frame.width))
+                height = round(frame.height * scale)
+                width = round(frame.width * scale)
+                quarter_turns = round(frame.rotation / 90) % 4
+                upright = (width, height) if quarter_turns % 2 else (height, width)
+                out = np.empty((len(wanted), *upright, 3), np.uint8)
             rgb = scaler.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
-            out[places.pop(number)] = np.rot90(rgb, turns) if turns else rgb  # the call takes a tenth of the decoding
-        if number == last:
+            if quarter_turns:  # the call alone costs a tenth of the decoding
+                rgb = np.rot90(rgb, quarter_turns)
+            out[places.pop(index)] = rgb
+        if index == last:
             break
     return (None if places else torch.from_numpy(out)), count
 
 
 def clip_indices(count, frames, stride=1, position=0.5):
-    """Frame numbers of a clip of `frames` frames, `stride` apart, in a video of `count`, looped where it is shorter.
+    """Indices of a clip of `frames` frames, `stride` apart, in a video of `count`; looped where the
+    video is shorter.
 
     position: from 0 (the clip begins with the video) to 1 (it ends with it)."""
     slack = max(0, count - (frames - 1) * stride - 1)
@@ -405,16 +556,83 @@ def clip_indices(count, frames, stride=1, position=0.5):
     return (start + stride * np.arange(frames)) % count
 
 
-# ---- Data: the lists of videos, and which of them have labels --------------------------------------------------------
-SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
+def spaced_clips(count, clips, frames, stride):
+    """Indices of uniformly spaced clips, one after the other; a single one lies in the middle."""
+    positions = np.linspace(0, 1, clips) if clips > 1 else [0.5]
+    return np.concatenate([clip_indices(count, frames, stride, p) for p in positions])
+
+
+# ---- Augmentation, on the device -----------------------------------------------------------------
+def draw(seed, *key):
+    """The random numbers that belong to a key of whole numbers, whoever asks, and whenever: a numpy
+    Generator."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+
+
+WEAK = dict(area=0.5, jitter=0.2, hue=0.05, p_jitter=0.5, p_grey=0.1)  # stages 2 and 3
+
+
+def augment(clip, size, rng, area=0.3, jitter=0.4, hue=0.1, p_jitter=0.8, p_grey=0.2):
+    """One random crop, flip, colour jitter and greyscale for all frames of a clip (Sec. 4.2), drawn
+    from a numpy Generator. The defaults are stage 1's.
+
+    clip: uint8 (T, H, W, 3) on any device -> uint8 (T, 3, size, size). area: least share of the
+    frame that the crop keeps. jitter, hue: largest change of brightness, contrast, saturation, and
+    of hue. p_jitter, p_grey: how often."""
+    clip = clip.permute(0, 3, 1, 2)
+    height, width = clip.shape[2:]
+    pixels = rng.uniform(area, 1) * height * width
+    ratio = math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
+    h = min(height, round(math.sqrt(pixels / ratio)))
+    w = min(width, round(math.sqrt(pixels * ratio)))
+    top = int(rng.integers(height - h + 1))
+    left = int(rng.integers(width - w + 1))
+    clip = TF.resized_crop(clip, top, left, h, w, [size, size], antialias=True)
+    if rng.random() < 0.5:
+        clip = TF.horizontal_flip(clip)
+    if rng.random() < p_jitter:
+        changes = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
+        amounts = [*rng.uniform(1 - jitter, 1 + jitter, 3), rng.uniform(-hue, hue)]
+        for k in rng.permutation(4):
+            clip = changes[k](clip, float(amounts[k]))
+    if rng.random() < p_grey:
+        clip = TF.rgb_to_grayscale(clip, num_output_channels=3)
+    return clip
+
+
+def centre_crop(clip, size, scale=1.0):
+    """The central square of `scale` times the shorter side: uint8 (T, H, W, 3) ->
+    uint8 (T, 3, size, size)."""
+    clip = clip.permute(0, 3, 1, 2)
+    side = round(scale * min(clip.shape[2:]))
+    return TF.resize(TF.center_crop(clip, [side, side]), [size, size], antialias=True)
+
+
+def to_input(clips, model):
+    """N clips, each uint8 (T, 3, H, W) -> (N, 3, T, H, W), channels_last_3d, normalised by
+    model.mean and model.std."""
+    normalised = []
+    for clip in clips:
+        clip = clip.permute(0, 2, 3, 1).float().div_(255)
+        normalised.append(clip.sub_(model.mean).div_(model.std))
+    return torch.stack(normalised).permute(0, 4, 1, 2, 3)
+
+
+# ---- Lists of videos, and which of them have labels ----------------------------------------------
+SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm",
+            ".wmv")
 
 
 class Videos:
-    """The videos of a data set by number: name(i) (its path below `folder`), labels (N,) (-1: not known), classes."""
+    """The videos of a data set, by an id from 0: name(i) (its path below `folder`), labels (N,)
+    (-1: not known), classes."""
 
     def __init__(self, folder, names, labels, classes):
-        self.folder, self.labels, self.classes = str(folder), np.array(labels, np.int64), list(classes)
-        # One block of bytes. A list of strings would be copied into every worker, as its reference counts change.
+        self.folder = str(folder)
+        self.labels = np.array(labels, np.int64)
+        self.classes = list(classes)
+        # One block of bytes. A list of strings would be copied into every worker, as its reference
+        # counts change.
         self.encoded_names = np.array([os.fsencode(name) for name in names])
 
     def __len__(self):
@@ -430,13 +648,101 @@ class Videos:
         return os.path.join(self.folder, self.name(i))
 
     def hide_labels(self, keep=()):
-        """The label firewall: overwrites the labels of all videos but `keep`, so that no later code can read them."""
+        """The label firewall: overwrites all labels but those of `keep`, so that no later code can
+        read them."""
         self.labels[np.setdiff1d(np.arange(len(self)), keep)] = -1
+
+
+def read_videos(data, root, train, split=1, pool="train"):
+    """The training or test videos of a data set as it lies on disk (the README shows the trees),
+    all labels known.
+
+    pool: of hmdb51's training videos, "train" for those of the split, "all" for every one that is
+    not a test video. Of `folder`, what lies under unlabeled/ is among the training videos, with
+    label -1. UserError if the lists or over 5 % of the videos that they name are missing."""
+    if data in ("kinetics400", "folder"):
+        folder, classes, names = read_folders(data, Path(root), train)
+    elif data == "hmdb51":
+        folder, classes, names = read_hmdb51(Path(root), train, split, pool)
+    else:
+        folder, classes, names = read_ucf101(Path(root), train, split)  # toy, too
+    names = without_missing(names, folder)
+    if not names:
+        raise UserError(f"{folder}: no {'training' if train else 'test'} videos")
+    class_number = {c: k for k, c in enumerate(classes)}
+    labels = []
+    for name in names:
+        unlabeled = name.startswith("unlabeled/")
+        own_class = os.path.basename(os.path.dirname(name))
+        labels.append(-1 if unlabeled else class_number.get(own_class, -1))
+    if data != "folder" and -1 in labels:
+        raise UserError(f"{names[labels.index(-1)]}: listed, but its class is not")
+    return Videos(folder, names, labels, classes)
+
+
+def read_ucf101(root, train, split):
+    """Folder of the videos, classes and names by the official lists."""
+    lists = root / "ucfTrainTestlist"
+    classes = [line.split()[-1] for line in read_lines(lists / "classInd.txt")]
+    rows = read_lines(lists / f"{'train' if train else 'test'}list0{split}.txt")
+    return root / "UCF-101", classes, [row.split()[0] for row in rows]
+
+
+def read_hmdb51(root, train, split, pool):
+    """Folder of the videos, classes and names by the official lists: a file for each class, whose
+    rows end in 1 (training), 2 (test) or 0 (neither)."""
+    lists = root / "testTrainMulti_7030_splits"
+    ending = f"_test_split{split}.txt"
+    codes = "2" if not train else "1" if pool == "train" else "01"
+    classes = [f.removesuffix(ending) for f in list_folder(lists) if f.endswith(ending)]
+    names = []
+    for c in classes:
+        for row in read_lines(lists / (c + ending)):
+            file, code = row.rsplit(maxsplit=1)
+            if code in codes:
+                names.append(f"{c}/{file}")
+    return root / "hmdb51_org", classes, names
+
+
+def read_folders(data, root, train):
+    """Folder of the videos, classes and names, where every class is a folder."""
+    test = "val" if data == "kinetics400" else "test"
+    subset = "train" if train else test
+    classes = [c for c in list_folder(root / "train") if (root / "train" / c).is_dir()]
+    names = []
+    for c in classes:
+        names += [f"{subset}/{c}/{file}" for file in list_videos(root / subset / c)]
+    if not train:
+        folders = {c for c in list_folder(root / test) if (root / test / c).is_dir()}
+        if odd := folders - set(classes):
+            warnings.warn(f"{root / test} has classes that {root / 'train'} has not, left out: "
+                          + ", ".join(sorted(odd)))
+    if data == "folder" and train:
+        names += [os.path.relpath(path, root) for path in walk_videos(root / "unlabeled")]
+    return root, classes, names
+
+
+def without_missing(names, folder):
+    """The listed videos that are on disk; UserError if over 5 % are not."""
+    present = {}
+    for parent in {os.path.dirname(name) for name in names}:
+        if (folder / parent).is_dir():
+            present[parent] = set(os.listdir(folder / parent))
+    missing = [n for n in names if os.path.basename(n) not in present.get(os.path.dirname(n), ())]
+    if not missing:
+        return names
+    report = (f"{len(missing)} of {len(names)} listed videos are not in {folder}, such as "
+              + ", ".join(missing[:3]))
+    if len(missing) > 0.05 * len(names):
+        raise UserError(report)
+    warnings.warn(report)
+    return sorted(set(names) - set(missing))
 
 
 def list_folder(folder):
     if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder (--root must hold the data set as the README shows it)")
+        raise UserError(f"{folder}: no such folder (--root must hold the data set as the README "
+                        "shows it)")
     return sorted(os.listdir(folder))
 
 
@@ -449,49 +755,6 @@ def read_lines(path):
         raise UserError(f"{path}: {error.strerror}") from None
 
 
-def read_videos(data, root, train, split=1, pool="train"):
-    """The training or test videos of a data set as it lies on disk (the README shows the trees), all labels known.
-
-    pool: of hmdb51's training videos, "train" for those of the split, "all" for every one that is not a test video.
-    Of `folder`, what lies under unlabeled/ is among the training videos, with label -1. UserError if the lists or over
-    5 % of the videos that they name are missing."""
-    root = Path(root)
-    if data in ("kinetics400", "folder"):
-        folder, part = root, "train" if train else "val" if data == "kinetics400" else "test"
-        classes = [c for c in list_folder(root / "train") if (root / "train" / c).is_dir()]
-        names = [f"{part}/{c}/{file}" for c in classes for file in list_videos(root / part / c)]
-        if not train and (odd := {c for c in list_folder(root / part) if (root / part / c).is_dir()} - set(classes)):
-            print0(f"warning: {root / part} has classes that {root / 'train'} has not, left out: {', '.join(odd)}")
-        if data == "folder" and train:
-            names += [os.path.relpath(path, root) for path in walk_videos(root / "unlabeled")]
-    elif data == "hmdb51":
-        folder, lists, ending = root / "hmdb51_org", root / "testTrainMulti_7030_splits", f"_test_split{split}.txt"
-        codes = "2" if not train else "1" if pool == "train" else "01"
-        classes = [file.removesuffix(ending) for file in list_folder(lists) if file.endswith(ending)]
-        rows = [(c, *line.rsplit(maxsplit=1)) for c in classes for line in read_lines(lists / (c + ending))]
-        names = [f"{c}/{file}" for c, file, code in rows if code in codes]
-    else:  # ucf101 and toy
-        folder, lists = root / "UCF-101", root / "ucfTrainTestlist"
-        classes = [line.split()[-1] for line in read_lines(lists / "classInd.txt")]
-        names = [line.split()[0] for line in read_lines(lists / f"{'train' if train else 'test'}list0{split}.txt")]
-    there = {c: set(os.listdir(folder / c)) for c in {n.rpartition("/")[0] for n in names} if (folder / c).is_dir()}
-    missing = [name for name in names if name.rpartition("/")[2] not in there.get(name.rpartition("/")[0], ())]
-    if missing:
-        report = f"{len(missing)} of {len(names)} listed videos are not in {folder}, such as {', '.join(missing[:3])}"
-        if len(missing) > 0.05 * len(names):
-            raise UserError(report)
-        print0(f"warning: {report}")
-        names = sorted(set(names) - set(missing))
-    if not names:
-        raise UserError(f"{folder}: no {'training' if train else 'test'} videos")
-    number = {c: i for i, c in enumerate(classes)}
-    labels = [-1 if name.startswith("unlabeled/") else number.get(os.path.basename(os.path.dirname(name)), -1)
-              for name in names]
-    if data != "folder" and -1 in labels:
-        raise UserError(f"{names[labels.index(-1)]}: listed, but its class is not in {lists / 'classInd.txt'}")
-    return Videos(folder, names, labels, classes)
-
-
 def list_videos(folder):
     """The names of the video files in a folder, sorted; none if there is no such folder."""
     entries = os.scandir(folder) if os.path.isdir(folder) else ()
@@ -500,369 +763,82 @@ def list_videos(folder):
 
 def walk_videos(folder):
     """The paths of the video files in a folder and below it, sorted."""
-    return sorted(os.path.join(top, name) for top, _, _ in os.walk(folder) for name in list_videos(top))
+    paths = []
+    for top, _, _ in os.walk(folder):
+        paths += [os.path.join(top, name) for name in list_videos(top)]
+    return sorted(paths)
 
 
 def labeled_subset(names, labels, percent, seed=0):
-    """The deterministic labelled fraction: of each class max(1, round(percent / 100 * its videos)) -> sorted numbers.
+    """The deterministic labelled fraction: of each class max(1, round(percent / 100 * its videos))
+    -> sorted ids.
 
-    names, labels: of the training videos, in any order; label -1 is no class. Within a class those come first whose
-    sha256 of "<seed> <name>" is smallest, so a smaller fraction is part of a larger one."""
-    labels, chosen = np.asarray(labels), []
+    names, labels: of the training videos, in any order; label -1 is no class. Within a class those
+    come first whose sha256 of "<seed> <name>" is smallest, so a smaller fraction is part of a
+    larger one."""
+    def rank_of(i):
+        return hashlib.sha256(os.fsencode(f"{seed} {names[i]}")).digest()
+
+    labels = np.asarray(labels)
+    chosen = []
     for c in np.unique(labels[labels >= 0]):
-        members = np.flatnonzero(labels == c)
-        ranked = sorted(members, key=lambda i: hashlib.sha256(os.fsencode(f"{seed} {names[i]}")).digest())
-        chosen += ranked[:max(1, round(percent / 100 * len(members)))]
+        members = sorted(np.flatnonzero(labels == c), key=rank_of)
+        chosen += members[:max(1, round(percent / 100 * len(members)))]
     return np.array(sorted(chosen), np.int64)
 
 
 def read_labeled_list(path, videos):
-    """The videos of a published list of labelled videos -> sorted numbers.
+    """The videos of a published list of labelled videos -> sorted ids.
 
-    A line is a path, perhaps without its ending, and up to two numbers behind it (frames, label). Class and file come
-    from the path: classes compare without blanks and underscores, files without their endings. Labels are not trusted,
-    lists number classes in different ways; rows that contradict the rest of their class's are counted."""
+    A line is a path, perhaps without its ending, and up to two numbers behind it (frames, label).
+    Class and file come from the path: classes compare without blanks and underscores, files without
+    their endings. Labels are not trusted, lists number classes in different ways; rows that
+    contradict the rest of their class's are counted."""
     def key(name):
-        folder, _, file = name.rpartition("/")
+        folder, file = os.path.split(name)
         stem = file[:file.rfind(".")] if file.lower().endswith(SUFFIXES) else file
-        return folder.rpartition("/")[2].translate({ord(" "): None, ord("_"): None}).lower(), stem
+        return os.path.basename(folder).replace(" ", "").replace("_", "").lower(), stem
 
-    known = {key(videos.name(i)): i for i in np.flatnonzero(videos.labels >= 0)}
-    found, absent, given = set(), [], {}
+    known = {key(videos.name(i)): int(i) for i in np.flatnonzero(videos.labels >= 0)}
+
+    def match(line):
+        """The id of a line's video and the last number behind it, if there are such."""
+        for numbers in (2, 1, 0):
+            name, *behind = line.rsplit(maxsplit=numbers)
+            if key(name) in known and all(word.isdecimal() for word in behind):
+                return known[key(name)], behind[-1] if behind else None
+        return None
+
+    found = set()
+    absent = []
+    given = {}  # class: the labels that the list gives its videos
     for line in read_lines(path):
-        splits = [line.rsplit(maxsplit=numbers) for numbers in (2, 1, 0)]
-        matches = [s for s in splits if key(s[0]) in known and all(n.isdecimal() for n in s[1:])]
-        if matches:
-            video = known[key(matches[0][0])]
-            found.add(int(video))
-            given.setdefault(videos.labels[video], []).append(matches[0][-1] if len(matches[0]) > 1 else None)
-        else:
+        matched = match(line)
+        if matched is None:
             absent.append(line)
-    odd = sum(len(values) - Counter(values).most_common(1)[0][1] for values in given.values())
+            continue
+        video, label = matched
+        found.add(video)
+        given.setdefault(videos.labels[video], []).append(label)
+    odd = sum(len(each) - Counter(each).most_common(1)[0][1] for each in given.values())
     if odd:
-        print0(f"warning: {path}: the label of {odd} rows contradicts the other rows of their class; paths are used")
+        warnings.warn(f"{path}: the label of {odd} rows contradicts the other rows of their class; "
+                      "paths are used")
     if absent:
-        print0(f"warning: {path}: {len(absent)} rows name no training video, such as {absent[0]}")
+        warnings.warn(f"{path}: {len(absent)} rows name no training video, such as {absent[0]}")
     if not found:
         raise UserError(f"{path}: names no video of this data set")
     return np.array(sorted(found), np.int64)
 
 
-def training_videos(args):
-    """The training videos of --data, all labels known; those of toy are rendered first where they are missing."""
-    if args.data == "toy":
-        if rank() == 0:
-            render_toy(args.root)
-        broadcast(None)  # the others wait for it
-    videos = read_videos(args.data, args.root, True, args.split, args.pool)
-    print0(f"{len(videos)} training videos of {len(videos.classes)} classes in {videos.folder}")
-    return videos
-
-
-def labeled_of_teachers(teachers, videos):
-    """The labelled videos that teachers were fine-tuned on, all others' labels hidden -> sorted numbers."""
-    number = {name: i for i, name in enumerate(videos.names())}
-    names = next(iter(teachers.values()))["labeled"]
-    for name, saved in teachers.items():
-        if saved["classes"] != videos.classes or saved["labeled"] != names:
-            raise UserError(f"{name} was fine-tuned on different labelled videos, or for other classes")
-    if absent := [name for name in names if name not in number]:
-        raise UserError(f"{videos.folder}: without {len(absent)} of the teachers' labelled videos, such as {absent[0]}")
-    labeled = np.array([number[name] for name in names])
-    videos.hide_labels(keep=labeled)
-    return labeled
-
-
-def set_digest(names):
-    """Eight hexadecimal digits that tell one set of videos from another."""
-    return hashlib.sha256("\n".join(sorted(names)).encode(errors="surrogateescape")).hexdigest()[:8]
-
-
-def choose_labeled(videos, args):
-    """Draw or read the labelled videos, hide all other labels, write OUT/labeled.txt -> their sorted numbers."""
-    if args.labeled_list:
-        labeled = read_labeled_list(args.labeled_list, videos)
-    else:
-        labeled = labeled_subset(videos.names(), videos.labels, args.percent, args.subset_seed)
-    videos.hide_labels(keep=labeled)
-    counts = np.bincount(videos.labels[labeled], minlength=len(videos.classes))
-    names = [videos.name(i) for i in labeled]
-    print0(f"{len(labeled)} of {len(videos)} training videos have a label: {counts.min()} to {counts.max()} in each of "
-           f"{len(counts)} classes, set {set_digest(names)}")
-    if not counts.all():
-        print0("warning: no labelled video of " + ", ".join(videos.classes[c] for c in np.flatnonzero(counts == 0)))
-    write_atomically(Path(args.out) / "labeled.txt", lambda file: file.writelines(
-        os.fsencode(f"{name} {label}\n") for name, label in zip(names, videos.labels[labeled])))
-    return labeled
-
-
-# ---- Data: the built-in set of toy videos ----------------------------------------------------------------------------
-TOY_PATTERNS = {  # repetitive classes are told by what stays: the pattern of an object, of u, v in [-1, 1] over it
-    "Stripes": lambda u, v: np.floor(2 * (u + 1)) % 2 == 0,
-    "Checker": lambda u, v: (u > 0) == (v > 0),
-    "Ring": lambda u, v: np.maximum(np.abs(u), np.abs(v)) > 0.5,
-    "Dots": lambda u, v: np.hypot((u + 1) % 1 - 0.5, (v + 1) % 1 - 0.5) < 0.33,
-}
-TOY_MOVES = {  # composite classes are told by what changes: two movements, one after the other, in two scenes
-    "AcrossGrow": ("across", "grow"), "UpSink": ("up", "sink"), "DownShrink": ("down", "shrink"),
-    "RiseTurn": ("rise", "turn")}
-TOY_COLOURS = np.array([(220, 60, 50), (60, 190, 80)])
-
-
-def toy_clip(label, rng):
-    """One toy video of class number `label` -> uint8 (64 to 96, 40, 56, 3)."""
-    height, width, count = 40, 56, int(rng.integers(64, 97))
-    patterns, composite = list(TOY_PATTERNS.values()), label >= len(TOY_PATTERNS)
-    pattern = patterns[rng.integers(len(patterns)) if composite else label]
-    moves = list(TOY_MOVES.values())[label - len(patterns)] if composite else ["swing"]
-    cut = int(count * rng.uniform(0.4, 0.6)) if composite else count
-    v, u = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    grounds, scene, colour = [60 + 40 * v / height, 110 + 30 * (u // 8 % 2)], rng.integers(2), rng.integers(2)
-    video = []
-    for part, (move, length) in enumerate(zip(moves, [cut, count - cut])):
-        way, side, turn = np.linspace(-1, 1, length), rng.choice([-1, 1]), np.zeros(length)
-        x, y, r = (np.full(length, v) for v in (rng.uniform(20, 36), rng.uniform(16, 24), 11 if composite else 13))
-        if move == "swing":
-            swing = 8 * np.sin(2 * np.pi * (np.arange(length) / rng.uniform(8, 16) + rng.random()))
-            x, y = (x + swing, y) if side > 0 else (x, y + swing)
-        elif move in ("across", "rise", "sink"):
-            x, y = 28 + 22 * way * side, {"across": y, "rise": 20 - 16 * way, "sink": 20 + 16 * way}[move]
-        elif move in ("up", "down"):
-            y = 20 + 18 * way * (-1 if move == "up" else 1)
-        elif move in ("grow", "shrink"):
-            r = 12 + 7 * way * (1 if move == "grow" else -1)
-        else:
-            turn = np.pi * way * side
-        x, y, r, turn = (values[:, None, None] for values in (x, y, r, turn))
-        du, dv = (u - x) / r, (v - y) / r
-        du, dv = du * np.cos(turn) - dv * np.sin(turn), du * np.sin(turn) + dv * np.cos(turn)
-        inside = (np.maximum(np.abs(du), np.abs(dv)) < 1)[..., None]
-        figure = np.where(pattern(du, dv)[..., None], TOY_COLOURS[(colour + part) % 2], 245)
-        video.append(np.where(inside, figure, grounds[(scene + part) % 2][..., None]))
-    return np.concatenate(video).astype(np.uint8)
-
-
-def render_toy(root, train=400, test=200, seed=0):
-    """Write the toy videos as MPEG-4 files in UCF101's layout, unless toy.json says that all are there.
-
-    The frames depend on the seed alone. Every file is complete or absent, so what was begun is finished."""
-    root = Path(root)
-    settings, done = {"version": 1, "train": train, "test": test, "seed": seed}, root / "toy.json"
-    if done.exists():
-        if json.loads(done.read_text())["version"] != settings["version"]:
-            raise UserError(f"{root} holds toy videos of another version: remove it or choose another --root")
-        return
-    classes = [*TOY_PATTERNS, *TOY_MOVES]
-    names = [f"{c}/v_{c}_g{k // 4 + 1:02}_c{k % 4 + 1:02}.avi" for k in range(train + test) for c in classes]
-    videos = [(name, k % len(classes)) for k, name in enumerate(names[:train + test])]
-    for name, label in tqdm(videos, desc=f"rendering toy videos into {root}", disable=None):
-        path = root / "UCF-101" / name
-        if not path.exists():
-            frames = toy_clip(label, draw(seed, int.from_bytes(name.encode())))
-            write_atomically(path, lambda file: encode_video(file, frames))
-    text = {"classInd": [f"{i + 1} {c}" for i, c in enumerate(classes)],
-            "testlist01": [name for name, _ in videos[:test]],
-            "trainlist01": [f"{name} {label + 1}" for name, label in videos[test:]]}
-    for name, lines in text.items():
-        content = "".join(f"{line}\n" for line in lines).encode()
-        write_atomically(root / "ucfTrainTestlist" / f"{name}.txt", lambda file: file.write(content))
-    write_atomically(done, lambda file: file.write(json.dumps(settings).encode()))
-
-
-def encode_video(file, frames, fps=25):
-    """uint8 (T, H, W, 3) -> MPEG-4 in an AVI container, as UCF101's files are."""
-    with av.open(file, "w", format="avi") as container:
-        stream = container.add_stream("mpeg4", rate=fps, options={"qscale": "3", "threads": "1"})
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        for array in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, "rgb24")))
-        container.mux(stream.encode())
-
-
-# ---- Data: from a video to the clips of a step -----------------------------------------------------------------------
-def draw(seed, *key):
-    """The random numbers that belong to a key of whole numbers, whoever asks, and whenever: a numpy Generator."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
-
-
-class Frames(Dataset):
-    """Item (key, i): the frames of video i at indices(key, count), or the reason for which it cannot be decoded."""
-
-    def __init__(self, videos, indices, short_side):
-        self.videos, self.indices, self.short_side = videos, indices, short_side
-
-    def __getitem__(self, item):
-        key, i = item
-        try:
-            return decode_frames(self.videos.path(i), functools.partial(self.indices, key), self.short_side)
-        except DECODE_ERRORS as error:
-            return f"{type(error).__name__}: {error}"
-
-    def loader(self, items, workers, ahead=2, pin_memory=False):
-        """An iterator over the items, in their order, `ahead` of them decoded in advance by each worker process."""
-        return iter(DataLoader(
-            self, batch_size=None, sampler=items, num_workers=workers, prefetch_factor=ahead if workers else None,
-            pin_memory=pin_memory, worker_init_fn=leave_signals_to_parent))
-
-
-def leave_signals_to_parent(_worker):
-    """Ctrl-C and a scheduler's SIGTERM reach the workers, too: they stay until the main process has ended its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))  # ends it then: Python waits at exit for those left
-
-
-def random_span(key, count, seed, frames, stride):
-    """Indices for Frames: one clip at a random place of the video, drawn from (seed, key)."""
-    return clip_indices(count, frames, stride, draw(seed, *key).random())
-
-
-def spaced_clips(key, count, clips, frames, stride):
-    """Indices for Frames: uniformly spaced clips, one after the other; a single one lies in the middle of the video."""
-    positions = np.linspace(0, 1, clips) if clips > 1 else [0.5]
-    return np.concatenate([clip_indices(count, frames, stride, p) for p in positions])
-
-
-# A role in a step's batch: which videos may take it, and how many do, over all ranks. The batch of a pool that cycles
-# may hold a video twice and runs on into the next pass; the remainder of a pass of one that does not is dropped.
-Pool = namedtuple("Pool", "videos batch cycle")
-
-
-@functools.lru_cache(maxsize=8)
-def shuffled(seed, role, turn, count):
-    return draw(seed, role, turn).permutation(count)
-
-
-def step_keys(pools, steps, seed, epoch, step):
-    """Who is in a step: for each pool, the keys of its part of the global batch."""
-    for role, (members, batch, cycle) in enumerate(pools):
-        places = np.arange(batch) + (epoch * steps * cycle + step) * batch
-        turns, places = np.divmod(places, len(members)) if cycle else (np.full(batch, epoch), places)
-        yield [(role, int(turn), int(members[shuffled(seed, role, int(turn), len(members))[place]]))
-               for turn, place in zip(turns, places)]
-
-
-class VideoStream:
-    """The batches of a training run, from where the run stands: an iterator over this rank's share of each, as lists.
-
-    (frames, numbers, keys): of each video `frames` frames, uint8 (T, H, W, 3) on the device, its number, and its key
-    (role, pass, video), which with the seed settles its draws. steps: per epoch; by default one pass of the first pool.
-    Who is in a step is a function of (seed, epoch, step): no state to save, and any number of workers gives the same. A
-    video that cannot be decoded is named, and another one of its pool, which is not in the batch, takes its place and
-    its draws; over 10 % of a pool stops the run (UserError)."""
-
-    def __init__(self, videos, pools, frames, args, device, run, steps=None):
-        self.videos, self.pools, self.seed, self.device = videos, pools, args.seed, device
-        self.unreadable = {}  # video: reason
-        if steps is None:
-            passes = len(pools[0].videos) / pools[0].batch
-            steps = math.ceil(passes) if pools[0].cycle else int(passes)
-        self.steps, seed, done = steps, args.seed, run.epoch * steps + run.step
-        if not steps:
-            raise UserError(f"--batch {pools[0].batch} is more than the {len(pools[0].videos)} videos")
-        self.epoch, self.step = divmod(done, steps)
-        print0(f"{steps} steps an epoch")
-        span = functools.partial(random_span, seed=args.seed, frames=frames, stride=args.stride)
-        self.dataset = Frames(videos, span, round(1.25 * args.size))
-        share = sum(pool.batch for pool in pools) // world_size()
-        ahead = max(2, math.ceil(2 * share / max(1, args.workers)))  # two batches
-        # Not through self: a cycle of references would keep the workers alive until Python collects garbage.
-        items = ((key, key[2]) for step in range(done, args.epochs * steps)
-                 for keys in step_keys(pools, steps, seed, *divmod(step, steps)) for key in own_share(keys))
-        self.loader = self.dataset.loader(items, args.workers, ahead, device.type == "cuda")
-
-    def __next__(self):
-        frames, videos, keys = [], [], []
-        for group in step_keys(self.pools, self.steps, self.seed, self.epoch, self.step):
-            substitutes = self.substitutes(group)
-            for key in own_share(group):
-                item, video = next(self.loader), key[2]
-                while isinstance(item, str):
-                    if video not in self.unreadable:
-                        self.unreadable[video] = item
-                        text = f"warning: {self.videos.path(video)}: {item}; another video takes its place"
-                        tqdm.write(text, file=sys.stderr)
-                        check_unreadable(self.unreadable, self.pools[key[0]].videos, self.videos)
-                    video = next(substitutes, None)
-                    if video is None:
-                        raise UserError("too few videos can be decoded to fill a batch: choose a smaller --batch")
-                    item = self.dataset[key, video]
-                frames.append(item.to(self.device, non_blocking=True))
-                videos.append(video)
-                keys.append(key)
-        self.epoch, self.step = (self.epoch, self.step + 1) if self.step + 1 < self.steps else (self.epoch + 1, 0)
-        return frames, videos, keys
-
-    def substitutes(self, group):
-        """Videos that may stand in for unreadable ones of this part of the batch, in an order of their own."""
-        members, _, cycle = self.pools[group[0][0]]
-        taken = set() if cycle else {key[2] for key in group}
-        spare = [int(i) for i in members if i not in taken]
-        order = draw(self.seed, *group[0][:2], self.epoch, self.step, 1).permutation(len(spare))
-        yield from (spare[k] for k in order[rank()::world_size()] if spare[k] not in self.unreadable)
-
-
-def check_unreadable(unreadable, members, videos):
-    """UserError if over 10 % of the videos `members` are among the unreadable ones."""
-    bad = [videos.path(i) for i in members if i in unreadable]
-    if len(bad) > 0.1 * len(members):
-        raise UserError(f"{len(bad)} of {len(members)} videos cannot be decoded, more than 10 %: mend or remove "
-                        + ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else ""))
-
-
-# ---- Data: augmentation, on the device -------------------------------------------------------------------------------
-STRONG = dict(area=0.3, jitter=0.4, hue=0.1, p_jitter=0.8, p_grey=0.2)  # stage 1
-WEAK = dict(area=0.5, jitter=0.2, hue=0.05, p_jitter=0.5, p_grey=0.1)  # stages 2 and 3
-
-
-def augment(clip, size, rng, area, jitter, hue, p_jitter, p_grey):
-    """One random crop, flip, colour jitter and greyscale for all frames of a clip, drawn from a numpy Generator.
-
-    clip: uint8 (T, H, W, 3) on any device -> uint8 (T, 3, size, size). area: least share of the frame that the crop
-    keeps. jitter, hue: largest change of brightness, contrast, saturation, and of hue. p_jitter, p_grey: how often."""
-    clip = clip.permute(0, 3, 1, 2)
-    height, width = clip.shape[2:]
-    area, ratio = rng.uniform(area, 1) * height * width, math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
-    h, w = min(height, round(math.sqrt(area / ratio))), min(width, round(math.sqrt(area * ratio)))
-    top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
-    clip = TF.resized_crop(clip, int(top), int(left), h, w, [size, size], antialias=True)
-    if rng.random() < 0.5:
-        clip = TF.horizontal_flip(clip)
-    if rng.random() < p_jitter:
-        changes = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
-        amounts = [*rng.uniform(1 - jitter, 1 + jitter, 3), rng.uniform(-hue, hue)]
-        for k in rng.permutation(4):
-            clip = changes[k](clip, float(amounts[k]))
-    if rng.random() < p_grey:
-        clip = TF.rgb_to_grayscale(clip, num_output_channels=3)
-    return clip
-
-
-def centre_crop(clip, size, scale=1.0):
-    """The central square of `scale` times the shorter side: uint8 (T, H, W, 3) -> uint8 (T, 3, size, size)."""
-    clip = clip.permute(0, 3, 1, 2)
-    side = round(scale * min(clip.shape[2:]))
-    return TF.resize(TF.center_crop(clip, [side, side]), [size, size], antialias=True)
-
-
-def to_input(clips, model):
-    """N clips, each uint8 (T, 3, H, W) -> (N, 3, T, H, W), channels_last_3d, normalised by model.mean and model.std."""
-    clips = [clip.permute(0, 2, 3, 1).float().div_(255).sub_(model.mean).div_(model.std) for clip in clips]
-    return torch.stack(clips).permute(0, 4, 1, 2, 3)
-
-
-# ---- Distributed: each of these works without torchrun, too ----------------------------------------------------------
+# ---- Distributed: from here on there are ranks, arguments and checkpoints ------------------------
+# Each of these functions works without torchrun, too.
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def print0(*text):
-    """Print from the first process, above the progress bar."""
-    if rank() == 0:
-        tqdm.write(" ".join(map(str, text)))
 
 
 def own_share(items):
@@ -872,14 +848,17 @@ def own_share(items):
 
 
 def all_gather(z):
-    """(B, ...) of each rank -> (ranks * B, ...), in rank order, on every rank, with gradient for the rank's own rows.
+    """(B, ...) of each rank -> (ranks * B, ...), in rank order, on every rank, with gradient for
+    the rank's own rows.
 
-    Every rank computes the same loss of all rows: the gradient of its own ones, times the ranks, for DDP averages."""
+    Every rank computes the same loss of all rows: the gradient of its own ones, times the ranks,
+    since DistributedDataParallel averages."""
     if world_size() == 1:
         return z
-    rows, own = [torch.empty_like(z) for _ in range(world_size())], z.view_as(z)
-    own.register_hook(lambda gradient: gradient * world_size())
+    rows = [torch.empty_like(z) for _ in range(world_size())]
     dist.all_gather(rows, z.detach().contiguous())
+    own = z.view_as(z)
+    own.register_hook(lambda gradient: gradient * world_size())
     rows[rank()] = own
     return torch.cat(rows)
 
@@ -896,35 +875,293 @@ def broadcast(value):
     """The first rank's value, on every rank."""
     box = [value]
     if world_size() > 1:
-        dist.broadcast_object_list(box)
+        dist.broadcast_squarelist(box)
     return box[0]
 
 
-# ---- Optimisation and logging ----------------------------------------------------------------------------------------
+def training_videos(args):
+    """The training videos of --data, all labels hidden."""
+    videos = read_training_videos(args)
+    videos.hide_labels()
+    return videos
+
+
+def labeled_and_all_videos(args, teachers={}):
+    """Sorted ids of the labelled videos, and all training videos, with no label but theirs.
+
+    teachers: {name: content} of the checkpoints that were fine-tuned on them; without any, the
+    labelled videos are drawn, or read from --labeled-list, and written to OUT/labeled.txt."""
+    videos = read_training_videos(args)
+    if teachers:
+        labeled = find_labeled(videos, teachers)
+    elif args.labeled_list:
+        labeled = read_labeled_list(args.labeled_list, videos)
+    else:
+        labeled = labeled_subset(videos.names(), videos.labels, args.percent, args.subset_seed)
+    videos.hide_labels(keep=labeled)
+    if not teachers:
+        report_labeled(videos, labeled, args.out)
+    return labeled, videos
+
+
+def read_training_videos(args):
+    """All labels known: no script calls this. Those of toy are rendered where they are missing."""
+    if args.data == "toy":
+        if rank() == 0:
+            render_toy(args.root)
+        broadcast(None)  # the others wait for it
+    videos = read_videos(args.data, args.root, True, args.split, args.pool)
+    print0(f"{len(videos)} training videos of {len(videos.classes)} classes in {videos.folder}")
+    return videos
+
+
+def find_labeled(videos, teachers):
+    """The videos on which all the teachers were fine-tuned -> sorted ids."""
+    names = next(iter(teachers.values()))["labeled"]
+    for path, saved in teachers.items():
+        if saved["classes"] != videos.classes or saved["labeled"] != names:
+            raise UserError(f"{path} was fine-tuned on different labelled videos, or for other "
+                            "classes")
+    ids = {name: i for i, name in enumerate(videos.names())}
+    if absent := [name for name in names if name not in ids]:
+        raise UserError(f"{videos.folder}: without {len(absent)} of the teachers' labelled videos, "
+                        f"such as {absent[0]}")
+    return np.array([ids[name] for name in names])
+
+
+def report_labeled(videos, labeled, out):
+    """Print how many labelled videos there are, and write their names and labels to a file."""
+    names = [videos.name(i) for i in labeled]
+    counts = np.bincount(videos.labels[labeled], minlength=len(videos.classes))
+    print0(f"{len(labeled)} of {len(videos)} training videos have a label: {counts.min()} to "
+           f"{counts.max()} in each of {len(counts)} classes, set {set_digest(names)}")
+    if not counts.all():
+        without = [videos.classes[c] for c in np.flatnonzero(counts == 0)]
+        print0("warning: no labelled video of " + ", ".join(without))
+    rows = [f"{name} {label}\n" for name, label in zip(names, videos.labels[labeled])]
+    content = os.fsencode("".join(rows))
+    write_atomically(Path(out) / "labeled.txt", lambda file: file.write(content))
+
+
+def set_digest(names):
+    """Eight hexadecimal digits that tell one set of videos from another."""
+    text = "\n".join(sorted(names))
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
+
+
+# ---- The built-in set of toy videos --------------------------------------------------------------
+HEIGHT, WIDTH = 40, 56  # pixels of a frame
+TOY_COLOURS = np.array([(220, 60, 50), (60, 190, 80)])
+TOY_PATTERNS = {  # of the object, over u, v in [-1, 1]; a repetitive class is told by its pattern
+    "Stripes": lambda u, v: np.floor(2 * (u + 1)) % 2 == 0,
+    "Checker": lambda u, v: (u > 0) == (v > 0),
+    "Ring": lambda u, v: np.maximum(np.abs(u), np.abs(v)) > 0.5,
+    "Dots": lambda u, v: np.hypot((u + 1) % 1 - 0.5, (v + 1) % 1 - 0.5) < 0.33,
+}
+TOY_MOVES = {  # a composite class is told by its two movements, one after the other
+    "AcrossGrow": ("across", "grow"),
+    "UpSink": ("up", "sink"),
+    "DownShrink": ("down", "shrink"),
+    "RiseTurn": ("rise", "turn"),
+}
+TOY_PATHS = {  # a movement: what changes of the object as `way` runs from -1 to 1; side is -1 or 1
+    "across": lambda way, side: {"x": 28 + 22 * way * side},
+    "up": lambda way, side: {"y": 20 - 18 * way},
+    "down": lambda way, side: {"y": 20 + 18 * way},
+    "rise": lambda way, side: {"x": 28 + 22 * way * side, "y": 20 - 16 * way},
+    "sink": lambda way, side: {"x": 28 + 22 * way * side, "y": 20 + 16 * way},
+    "grow": lambda way, side: {"radius": 12 + 7 * way},
+    "shrink": lambda way, side: {"radius": 12 - 7 * way},
+    "turn": lambda way, side: {"angle": np.pi * way * side},
+}
+
+
+def toy_clip(label, rng):
+    """One toy video of class `label` -> uint8 (64 to 96, 40, 56, 3).
+
+    Repetitive: an object of the class's pattern swings to and fro. Composite: an object of any
+    pattern makes the class's first movement, then, in the other scene and colour, its second."""
+    count = int(rng.integers(64, 97))
+    patterns = list(TOY_PATTERNS.values())
+    if label < len(patterns):
+        pattern = patterns[label]
+        shots = [("swing", count)]
+        radius = 13
+    else:
+        pattern = patterns[rng.integers(len(patterns))]
+        first, second = list(TOY_MOVES.values())[label - len(patterns)]
+        cut = int(count * rng.uniform(0.4, 0.6))
+        shots = [(first, cut), (second, count - cut)]
+        radius = 11
+    scene = rng.integers(2)
+    colour = rng.integers(2)
+    video = []
+    for k, (move, length) in enumerate(shots):
+        way = np.linspace(-1, 1, length)
+        side = rng.choice([-1, 1])
+        square = {"x": rng.uniform(20, 36), "y": rng.uniform(16, 24), "radius": radius, "angle": 0}
+        if move == "swing":
+            period = rng.uniform(8, 16)  # frames
+            swing = 8 * np.sin(2 * np.pi * (np.arange(length) / period + rng.random()))
+            square["x" if side > 0 else "y"] += swing
+        else:
+            square |= TOY_PATHS[move](way, side)
+        video.append(paint_toy(square, length, pattern, TOY_COLOURS[(colour + k) % 2],
+                               (scene + k) % 2))
+    return np.concatenate(video).astype(np.uint8)
+
+
+def paint_toy(square, length, pattern, colour, scene):
+    """Frames (length, 40, 56, 3) of a square object in one of two scenes.
+
+    square: x, y, radius (pixels) and angle (radians), each a number or one for each frame."""
+    v, u = np.meshgrid(np.arange(HEIGHT), np.arange(WIDTH), indexing="ij")
+    ground = 110 + 30 * (u // 8 % 2) if scene else 60 + 40 * v / HEIGHT
+    x, y, radius, angle = (np.broadcast_to(square[key], length)[:, None, None]
+                           for key in ("x", "y", "radius", "angle"))
+    du = (u - x) / radius
+    dv = (v - y) / radius
+    du, dv = du * np.cos(angle) - dv * np.sin(angle), du * np.sin(angle) + dv * np.cos(angle)
+    inside = (np.maximum(np.abs(du), np.abs(dv)) < 1)[..., None]
+    figure = np.where(pattern(du, dv)[..., None], colour, 245)
+    return np.where(inside, figure, ground[..., None])
+
+
+def render_toy(root, train=400, test=200, seed=0):
+    """Write the toy videos as MPEG-4 files in UCF101's layout, unless toy.json says that all are
+    there.
+
+    The frames depend on the seed alone. Every file is complete or absent, so what was begun is
+    finished."""
+    root = Path(root)
+    done = root / "toy.json"
+    settings = {"version": 1, "train": train, "test": test, "seed": seed}
+    if done.exists():
+        if json.loads(done.read_text())["version"] != settings["version"]:
+            raise UserError(f"{root} holds toy videos of another version: remove it or choose "
+                            "another --root")
+        return
+    classes = [*TOY_PATTERNS, *TOY_MOVES]
+    names = []
+    for i in tqdm(range(train + test), desc=f"rendering toy videos into {root}", disable=None):
+        k, label = divmod(i, len(classes))
+        c = classes[label]
+        names.append(f"{c}/v_{c}_g{k // 4 + 1:02}_c{k % 4 + 1:02}.avi")
+        path = root / "UCF-101" / names[i]
+        if not path.exists():
+            frames = toy_clip(label, draw(seed, int.from_bytes(names[i].encode())))
+            write_atomically(path, lambda file: encode_video(file, frames))
+    rows = [f"{name} {i % len(classes) + 1}" for i, name in enumerate(names)]
+    lists = {
+        "classInd": [f"{k + 1} {c}" for k, c in enumerate(classes)],
+        "testlist01": names[:test],
+        "trainlist01": rows[test:],
+    }
+    for name, lines in lists.items():
+        content = "".join(f"{line}\n" for line in lines).encode()
+        path = root / "ucfTrainTestlist" / f"{name}.txt"
+        write_atomically(path, lambda file: file.write(content))
+    write_atomically(done, lambda file: file.write(json.dumps(settings).encode()))
+
+
+def encode_video(file, frames, fps=25):
+    """uint8 (T, H, W, 3) -> MPEG-4 in an AVI container, as UCF101's files are."""
+    with av.open(file, "w", format="avi") as container:
+        options = {"qscale": "3", "threads": "1"}
+        stream = container.add_stream("mpeg4", rate=fps, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for array in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, "rgb24")))
+        container.mux(stream.encode())
+
+
+# ---- Commands: process group, signals, a user's mistakes -----------------------------------------
 class Signals:
-    """The first signal in training lets the step end, elsewhere it ends the program; a second Ctrl-C always does."""
-    deferring = requested = False
+    """While deferring, the first Ctrl-C or SIGTERM lets the step in hand end; otherwise it ends the
+    program, as a second Ctrl-C always does."""
+    deferring = False
+    requested = 0
 
     @classmethod
-    def handle(cls, number, _frame):
-        if not cls.deferring or (number == signal.SIGINT and cls.requested == signal.SIGINT):
+    def handle(cls, signal_number, _frame):
+        again = signal_number == cls.requested == signal.SIGINT
+        if again or not cls.deferring:
             raise KeyboardInterrupt
-        cls.requested = cls.requested or number  # torchrun sends SIGTERM after a Ctrl-C: no second request
+        # torchrun sends SIGTERM after a Ctrl-C: that is no second request.
+        cls.requested = cls.requested or signal_number
+
+    @classmethod
+    def end_at_once(cls):
+        """From here on: what is done now is not saved before its end."""
+        cls.deferring = False
+        if cls.requested:
+            raise KeyboardInterrupt
 
 
-def start(args):
-    """Join torchrun's process group if there is one; settle workers, device and precision -> this process's device."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if getattr(args, "out", "") is None:
+def leave_signals_to_parent(_worker):
+    """Ctrl-C and SIGTERM reach the decoding processes, too: they stay until the main process has
+    ended its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # After SIGTERM an alarm ends it: Python waits at exit for those that are left.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
+
+
+def command(main):
+    """Make main(argv=None) a command: signals as Signals says, mistakes and warnings as one line
+    each, exit status 0, 1 or 2."""
+    script = os.path.basename(main.__code__.co_filename)
+
+    def complain(text):
+        print(f"{script}: {text}".replace("\n", " "), file=sys.stderr, flush=True)
+
+    def warn(message, *_):
+        if rank() == 0:
+            tqdm.write(f"warning: {message}".replace("\n", " "), file=sys.stderr)
+
+    @functools.wraps(main)
+    def run(argv=None):
+        Signals.deferring = False
+        Signals.requested = 0
+        handlers = {s: signal.signal(s, Signals.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        status = 0
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = warn
+                main(argv)
+        except UserError as error:
+            status = error.status
+            complain(error)
+        except torch.cuda.OutOfMemoryError as error:
+            status = 2
+            complain("out of GPU memory: try --checkpointing, or a smaller --batch or --size "
+                     f"({error})")
+        except KeyboardInterrupt:
+            status = 1
+            complain("interrupted; the same command goes on from the last checkpoint")
+        finally:
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+        if status:
+            raise SystemExit(status)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return run
+
+
+def start(parser, argv):
+    """Parse the arguments and join torchrun's processes, if there are any -> args, device."""
+    args = parser.parse_args(argv)
+    if parser.stage and args.out is None:  # it is needed first, for the checkpoints are read there
         args.out = f"runs/{args.data or 'toy'}"
-    if args.workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda" and local_rank >= torch.cuda.device_count():
-        raise UserError(f"--device cuda: {torch.cuda.device_count()} GPUs here for {local_rank + 1} processes or more")
-    device = torch.device("cpu") if args.device == "cpu" else torch.device("cuda", local_rank)
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if args.device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"--device cuda: {torch.cuda.device_count()} GPUs here for "
+                            f"{local_rank + 1} processes or more")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
@@ -933,184 +1170,373 @@ def start(args):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=place, world_size=size)
-    if args.precision is None:
-        fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else any(
-            torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
-        args.precision = broadcast("bf16" if fast else "fp32")
-    return device
+    return args, device
+
+
+def warm_up(optimizer, lr, epoch, warmup):
+    """Set the learning rate lr * (epoch + 1) / warmup in the first `warmup` epochs (supplement
+    B.2)."""
+    if epoch < warmup:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (epoch + 1) / warmup
 
 
 def autocast(args, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def checkpoint_parts(backbone):
-    """Recompute each residual block in the backward pass: memory for one block's inside instead of all."""
-    @contextlib.contextmanager
-    def without_statistics(part):  # the first pass has updated BatchNorm's statistics, the second one must not
-        before = [buffer.clone() for buffer in part.buffers()]
+# ---- Batches: who is in a step, and their frames -------------------------------------------------
+class Frames(Dataset):
+    """Item (key, i): (key, i, the frames of video i), the latter a string, the reason, where they
+    cannot be decoded.
+
+    indices: a function from the count of frames and, unless it is None, the key to those wanted."""
+
+    def __init__(self, videos, indices, short_side):
+        self.videos = videos
+        self.indices = indices
+        self.short_side = short_side
+
+    def __getitem__(self, item):
+        key, i = item
+        indices = self.indices if key is None else functools.partial(self.indices, key=key)
         try:
-            yield
-        finally:  # torch leaves the second pass by an exception, as soon as it has what it needs
-            for buffer, value in zip(part.buffers(), before):
-                buffer.data.copy_(value)  # .data: autograd has saved them, too, and need not know
+            return key, i, decode_frames(self.videos.path(i), indices, self.short_side)
+        except DECODE_ERRORS as error:
+            return key, i, f"{type(error).__name__}: {error}"
 
-    for part in backbone.parts():
-        contexts = lambda part=part: (contextlib.nullcontext(), without_statistics(part))  # of the two passes
-        part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False, context_fn=contexts)
+    def loader(self, items, workers, device, ahead=2):
+        """An iterator over the items, in order; each worker decodes `ahead` of them in advance."""
+        return iter(DataLoader(
+            self, batch_size=None, sampler=items, num_workers=workers,
+            prefetch_factor=ahead if workers else None, pin_memory=device.type == "cuda",
+            worker_init_fn=leave_signals_to_parent))
 
 
+def random_span(count, key, seed, frames, stride):
+    """Indices of one clip at a random place of the video, drawn from (seed, key)."""
+    return clip_indices(count, frames, stride, draw(seed, *key).random())
+
+
+# A role in a batch: which videos may take it, and how many do, over all ranks. A pool that cycles
+# may hold a video twice in a batch and runs on into its next lap; the remainder of a lap of one
+# that does not is dropped.
+Pool = namedtuple("Pool", "ids batch cycle")
+
+# Of each video its frames, uint8 (T, H, W, 3) on the device; its id; and its key (role, lap, id),
+# which with the seed settles all its draws.
+Batch = namedtuple("Batch", "videos ids keys")
+
+
+@functools.lru_cache(maxsize=8)
+def shuffled(seed, role, lap, count):
+    return draw(seed, role, lap).permutation(count)
+
+
+class Batches:
+    """Who is in a step, by (seed, epoch, step) alone: so any number of workers gives the same, and
+    going on needs no state.
+
+    frames: of each video. steps: of an epoch; by default one lap of the first pool. A video that
+    cannot be decoded is named, and another of its pool, which is not in the batch, takes its place
+    and its draws; over 10 % of a pool stop the run (UserError)."""
+
+    def __init__(self, videos, pools, frames, args, device, steps=None):
+        self.videos = videos
+        self.pools = pools
+        self.seed = args.seed
+        self.workers = args.workers
+        self.device = device
+        self.unreadable = {}  # id: reason
+        if steps is None:
+            laps = len(pools[0].ids) / pools[0].batch
+            steps = math.ceil(laps) if pools[0].cycle else int(laps)
+        if not steps:
+            raise UserError(f"--batch {pools[0].batch} is more than the {len(pools[0].ids)} videos")
+        print0(f"{steps} steps an epoch")
+        self.steps = steps
+        self.share = sum(pool.batch for pool in pools) // world_size()
+        span = functools.partial(random_span, seed=args.seed, frames=frames, stride=args.stride)
+        self.dataset = Frames(videos, span, round(1.25 * args.size))
+
+    def members(self, epoch, step):
+        """The keys of a step's videos on all ranks, a list for each pool."""
+        groups = []
+        for role, pool in enumerate(self.pools):
+            count = len(pool.ids)
+            places = step * pool.batch + np.arange(pool.batch)
+            laps = np.full(pool.batch, epoch)
+            if pool.cycle:
+                laps, places = np.divmod(places + epoch * self.steps * pool.batch, count)
+            group = []
+            for lap, place in zip(laps.tolist(), places):
+                order = shuffled(self.seed, role, lap, count)
+                group.append((role, lap, int(pool.ids[order[place]])))
+            groups.append(group)
+        return groups
+
+    def items(self, first, last):
+        """This rank's (key, id), from step to step."""
+        for step in range(first, last):
+            for group in self.members(*divmod(step, self.steps)):
+                for key in own_share(group):
+                    yield key, key[2]
+
+    def stream(self, first, last):
+        """This rank's Batch of each step from `first` to before `last`, counted from the run's
+        beginning."""
+        ahead = max(2, math.ceil(2 * self.share / max(1, self.workers)))  # two batches
+        loader = self.dataset.loader(self.items(first, last), self.workers, self.device, ahead)
+        for step in range(first, last):
+            batch = Batch([], [], [])
+            spare = {}  # pool: its substitutes
+            for key, i, frames in itertools.islice(loader, self.share):
+                while isinstance(frames, str):
+                    self.note_unreadable(key, i, frames)
+                    if key[0] not in spare:
+                        spare[key[0]] = self.substitutes(key[0], *divmod(step, self.steps))
+                    i = next(spare[key[0]], None)
+                    if i is None:
+                        raise UserError("too few videos can be decoded to fill a batch: choose a "
+                                        "smaller --batch")
+                    _, _, frames = self.dataset[key, i]
+                batch.videos.append(frames.to(self.device, non_blocking=True))
+                batch.ids.append(i)
+                batch.keys.append(key)
+            dropout_seed = draw(self.seed, *divmod(step, self.steps), rank()).integers(2**63)
+            torch.manual_seed(dropout_seed)
+            yield batch
+
+    def substitutes(self, role, epoch, step):
+        """Videos that may stand in for unreadable ones, in an order of the step's own."""
+        group = self.members(epoch, step)[role]
+        ids, _, cycle = self.pools[role]
+        taken = set() if cycle else {key[2] for key in group}
+        spare = [int(i) for i in ids if i not in taken]
+        order = draw(self.seed, *group[0][:2], epoch, step, 1).permutation(len(spare))
+        for k in order[rank()::world_size()]:
+            if spare[k] not in self.unreadable:
+                yield spare[k]
+
+    def note_unreadable(self, key, i, reason):
+        if i not in self.unreadable:
+            self.unreadable[i] = reason
+            tqdm.write(f"warning: {self.videos.path(i)}: {reason}; another video takes its place",
+                       file=sys.stderr)
+            check_unreadable(self.unreadable, self.pools[key[0]].ids, self.videos)
+
+
+def check_unreadable(unreadable, ids, videos):
+    """UserError if over 10 % of the videos `ids` are among the unreadable ones."""
+    bad = [videos.path(i) for i in ids if i in unreadable]
+    if len(bad) > 0.1 * len(ids):
+        names = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+        raise UserError(f"{len(bad)} of {len(ids)} videos cannot be decoded, more than 10 %: mend "
+                        f"or remove {names}")
+
+
+# ---- State: all that a checkpoint holds ----------------------------------------------------------
 FREE_ARGUMENTS = {  # those that may change between a run and its continuation
-    "out", "root", "pretrained", "epochs", "workers", "device", "checkpointing", "compile", "restart"}
+    "out", "root", "pretrained", "epochs", "workers", "device", "checkpointing", "compile",
+    "restart"}
 
 
-class Run:
-    """Where the training of one network stands: all that its checkpoint OUT/NAME.pt holds, and its log OUT/NAME.log.
+class State:
+    """Where the training of a network stands: all that its checkpoint OUT/NAME.pt holds.
 
-    net: the module to train, initialised: a classifier or an Embedder. carried: what else the checkpoint is to hold for
-    later stages. Where the checkpoint exists already, the Run goes on from it."""
+    net: the module to train, initialised: a classifier or an Embedder. carried: what else later
+    stages need. Where the checkpoint exists already, the State is what it holds."""
 
-    def __init__(self, args, stage, name, net, videos, device, labeled=()):
-        self.args, self.name, self.device, self.carried = args, name, device, {}
-        self.facts = {"stage": stage, "arch": args.arch, "classes": videos.classes,
-                      "video_set": set_digest(videos.names()), "labeled": [videos.name(i) for i in labeled]}
-        self.path, self.log_path = Path(args.out) / f"{name}.pt", Path(args.out) / f"{name}.log"
-        self.epoch, self.step, self.sums, self.finished = 0, 0, {}, False
-        self.pending, self.stopping = None, False
-        networks = {"model": net.backbone, "head": net.head} if isinstance(net, Embedder) else {"model": net}
+    def __init__(self, stage, name, args, net, videos, device, labeled=(), carried={}):
+        self.name = name
+        self.args = args
+        self.path = Path(args.out) / f"{name}.pt"
+        self.log_path = Path(args.out) / f"{name}.log"
+        self.facts = {
+            "stage": stage,
+            "arch": args.arch,
+            "classes": videos.classes,
+            "video_set": set_digest(videos.names()),
+            "labeled": [videos.name(i) for i in labeled],
+        }
+        self.carried = dict(carried)
+        self.epoch = 0  # that is done
+        self.step = 0  # that is done of the next epoch
+        self.sums = {}  # of the loss terms over these steps
+        self.finished = False
+
         net.to(device, memory_format=torch.channels_last_3d)
         if world_size() > 1 and device.type == "cuda":
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         trained = [p for p in net.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, args.lr, betas=(0.9, 0.999), fused=device.type == "cuda")
-        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, factor=0.5, patience=args.patience)
-        self.parts = {**networks, "optimizer": self.optimizer, "plateau": self.plateau}
-        if not args.restart and not args.benchmark and broadcast(self.path.exists()):
-            self.resume(read_checkpoint(self.path))
-        elif not args.benchmark:
-            versions = {module.__name__: module.__version__ for module in (torch, torchvision, av, np)}
-            git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
-            commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
-            self.write_log([json.dumps({"command": " ".join(sys.argv), "commit": commit, **versions})])
-        for part in networks["model"].parts() if args.compile else ():
-            part.forward = torch.compile(part.forward, dynamic=False)  # the parts differ in shape, not the steps
+        self.optimizer = torch.optim.Adam(trained, args.lr, betas=(0.9, 0.999),
+                                          fused=device.type == "cuda")
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizer, factor=0.5, patience=args.patience)
+        backbone = net.backbone if isinstance(net, Embedder) else net
+        self.modules = {"model": backbone, "optimizer": self.optimizer, "plateau": self.plateau}
+        if isinstance(net, Embedder):
+            self.modules["head"] = net.head
+
+        if args.benchmark:
+            pass  # leaves no trace
+        elif not args.restart and broadcast(self.path.exists()):
+            self.resume()
+        else:
+            self.write_log([json.dumps(describe_command())])
+        if args.compile:
+            for part in backbone.parts():  # they differ in shape, the steps do not
+                part.forward = torch.compile(part.forward, dynamic=False)
         if args.checkpointing:
-            checkpoint_parts(networks["model"])
+            recompute_parts(backbone)
         self.net = nn.parallel.DistributedDataParallel(net) if world_size() > 1 else net
 
-    def resume(self, saved):
+    def resume(self):
+        """Go on from the checkpoint; UserError if it was made by another command."""
+        saved = read_checkpoint(self.path, with_optimizer=True)
         if saved.get("stage") != self.facts["stage"]:
-            raise UserError(f"{self.path} was not written by this stage: choose another --out, or --restart")
+            raise UserError(f"{self.path} was not written by this stage: choose another --out, or "
+                            "--restart")
         for key, value in {**self.facts, **vars(self.args)}.items():
             before = saved.get(key, saved["args"].get(key))
             if key not in FREE_ARGUMENTS and before != value:
-                raise UserError(f"{self.path} was made with {key} {str(before)[:60]}, not {str(value)[:60]}: repeat "
-                                "that to go on, or give --restart to begin again or another --out")
+                raise UserError(f"{self.path} was made with {key} {str(before)[:60]}, not "
+                                f"{str(value)[:60]}: repeat that to go on, or give --restart to "
+                                "begin again or another --out")
         if saved["epoch"] > self.args.epochs:
-            raise UserError(f"{self.path} has {saved['epoch']} epochs, --epochs {self.args.epochs} is less")
-        for name, part in self.parts.items():
-            part.load_state_dict(saved[name])
-        self.epoch, self.step, self.sums = saved["epoch"], saved["step"], saved["sums"]
+            raise UserError(f"{self.path} has {saved['epoch']} epochs, --epochs "
+                            f"{self.args.epochs} is less")
+        for name, module in self.modules.items():
+            module.load_state_dict(saved[name])
+        self.epoch = saved["epoch"]
+        self.step = saved["step"]
+        self.sums = saved["sums"]
         self.finished = saved["finished"] and self.epoch == self.args.epochs
-        print0(f"{self.path} is finished ({self.epoch} epochs)" if self.finished
-               else f"going on from {self.path} at epoch {self.epoch + 1}, step {self.step + 1}")
-        lines = [line for line in read_lines(self.log_path) if line.endswith("}")] if self.log_path.exists() else ["{}"]
-        self.write_log([line for line in lines if json.loads(line).get("epoch", 0) <= self.epoch])
+        if self.finished:
+            print0(f"{self.path} is finished ({self.epoch} epochs)")
+        else:
+            print0(f"going on from {self.path} at epoch {self.epoch + 1}, step {self.step + 1}")
+        # The log may be a line ahead, or end in half of one.
+        lines = read_lines(self.log_path) if self.log_path.exists() else []
+        lines = [line for line in lines if line.endswith("}")]
+        self.write_log([x for x in lines if json.loads(x).get("epoch", 0) <= self.epoch])
+
+    def update(self, loss):
+        """One step of the optimiser."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+
+    def end_epoch(self, numbers):
+        """Print and log an epoch's numbers, then write the checkpoint."""
+        self.epoch += 1
+        self.step = 0
+        self.sums = {}
+        line = {"epoch": self.epoch}
+        for key, value in numbers.items():
+            line[key] = round(value, 6) if isinstance(value, float) else value
+        if rank() == 0:
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        print0(f"{self.name}:", ", ".join(f"{key} {value:.4g}" for key, value in line.items()))
+        self.save()
+
+    def save(self):
+        """Write the checkpoint. If the power fails, the old or the new one is there, whole."""
+        if rank() == 0:
+            content = {
+                **self.facts,
+                **self.carried,
+                "args": vars(self.args),
+                "epoch": self.epoch,
+                "step": self.step,
+                "sums": self.sums,
+                "finished": self.finished,
+            }
+            for name, module in self.modules.items():
+                content[name] = module.state_dict()
+            write_atomically(self.path, lambda file: torch.save(content, file))
+        if world_size() > 1:
+            dist.barrier()
+
+    def finish(self, carried={}):
+        """Write the checkpoint that the next stage reads, with what else it needs."""
+        self.carried |= carried
+        self.finished = True
+        self.save()
+        print0(f"wrote {self.path}")
 
     def write_log(self, lines):
         if rank() == 0:
-            write_atomically(self.log_path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
+            content = "".join(f"{line}\n" for line in lines).encode()
+            write_atomically(self.log_path, lambda file: file.write(content))
 
-    def epochs(self):
-        """The epochs that are left: sets the warm-up's learning rate before each; anneals, logs and saves after it."""
+
+def describe_command():
+    """The first line of a log: the command, the commit of this code, versions."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    commit = None
+    if shutil.which("git"):
+        git = ["git", "-C", folder, "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    versions = {module.__name__: module.__version__ for module in (torch, torchvision, av, np)}
+    return {"command": " ".join(sys.argv), "commit": commit, **versions}
+
+
+# ---- Meter: the numbers of a step, and the end of a run ------------------------------------------
+class Meter:
+    """Shows, checks and averages the numbers of the steps, times them, and ends the run after a
+    signal. Holds nothing that is saved.
+
+    A step's numbers are read one step later, when they have reached the host without anyone
+    waiting for them."""
+
+    def __init__(self, state, batches, args, device):
+        self.state = state
+        self.batches = batches
+        self.args = args
+        self.device = device
+        done = state.epoch * batches.steps + state.step
+        self.stream = batches.stream(done, args.epochs * batches.steps)
+        self.pending = None  # the numbers of the last step
+        self.stopping = False  # whether all ranks agreed to stop
+
+    def steps(self, epoch):
+        """The batches that are left of an epoch; after a signal a checkpoint, and the end."""
         Signals.deferring = True
-        while self.epoch < self.args.epochs:
-            if self.epoch < self.args.warmup:
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.args.lr * (self.epoch + 1) / self.args.warmup
-            lr = self.optimizer.param_groups[0]["lr"]
-            begin, self.waiting, self.clips = time.perf_counter(), 0.0, 0
-            yield self.epoch
-            self.settle()
-            seconds = time.perf_counter() - begin
-            means = {name: total / self.step for name, total in self.sums.items()}
-            if self.epoch >= self.args.warmup:
-                self.plateau.step(means["loss"])
-            self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
-            unreadable = {self.stream.videos.name(i) for part in gather_objects(self.stream.unreadable) for i in part}
-            line = {"epoch": self.epoch, **means, "lr": lr, "seconds": seconds, "clips_per_s": self.clips / seconds,
-                    "waiting_share": self.waiting / seconds, "memory_gib": peak_memory(self.device),
-                    "unreadable": len(unreadable)}
-            line = {key: round(value, 6) if isinstance(value, float) else value for key, value in line.items()}
-            if rank() == 0:
-                with open(self.log_path, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-            print0(f"{self.name}:", ", ".join(f"{key} {value:.4g}" for key, value in line.items()))
-            if unreadable:
-                print0("cannot be decoded:", ", ".join(sorted(unreadable)))
-            self.save()
-        Signals.deferring = False
-
-    def steps(self, stream):
-        """The batches that are left of this epoch, under a progress bar; after a signal, a checkpoint and the end."""
-        self.stream = stream
-        with tqdm(total=stream.steps, initial=self.step, desc=f"{self.name} {self.epoch + 1}/{self.args.epochs}",
-                  leave=False, disable=True if rank() else None) as self.bar:
+        self.restart_timing()
+        bar = f"{self.state.name} {epoch + 1}/{self.args.epochs}"
+        with tqdm(total=self.batches.steps, initial=self.state.step, desc=bar, leave=False,
+                  disable=True if rank() else None) as self.bar:
             if self.args.benchmark:
-                yield from self.benchmark(stream)
-            while self.step < stream.steps:
-                yield self.next_batch(stream)
-                self.step += 1
+                yield from self.benchmark(self.args.benchmark)
+            while self.state.step < self.batches.steps:
+                yield self.next_batch()
                 self.bar.update()
                 if self.stopping or (Signals.requested and world_size() == 1):
                     self.settle()
-                    self.save()
+                    self.state.save()
                     raise KeyboardInterrupt
 
-    def next_batch(self, stream):
+    def restart_timing(self):
+        self.begin = time.perf_counter()
+        self.waiting = 0.0  # seconds, for data
+        self.clips = 0
+
+    def next_batch(self):
         begin = time.perf_counter()
-        self.batch = next(stream)
+        self.batch = next(self.stream)
         self.waiting += time.perf_counter() - begin
-        torch.manual_seed(draw(self.args.seed, self.epoch, self.step, rank()).integers(2**63))  # for dropout
         return self.batch
 
-    def benchmark(self, stream):
-        """The steps of --benchmark; then a table of what they took, the same as one JSON line, and the end."""
-        Signals.deferring = False  # nothing is to be saved
-        with FlopCounterMode(display=False) as flops:
-            yield self.next_batch(stream)
-        warmup = min(5, self.args.benchmark)
-        for k in range(warmup + self.args.benchmark):
-            if k == warmup:
-                self.settle()  # which waits for the GPU
-                begin, self.waiting, self.clips = time.perf_counter(), 0.0, 0
-            yield self.next_batch(stream)
-        self.settle()
-        step, items = (time.perf_counter() - begin) / self.args.benchmark, [(key, key[2]) for key in self.batch[2][:16]]
-        begin = time.perf_counter()
-        for item in items:
-            stream.dataset[item]
-        decode = 1000 * (time.perf_counter() - begin) / len(items)
-        numbers = {"videos_per_s": len(self.batch[1]) * world_size() / step, "ms_per_step": 1000 * step,
-                   "clips_per_s": self.clips / self.args.benchmark / step, "decode_ms_per_video": decode,
-                   "waiting_share": self.waiting / self.args.benchmark / step,
-                   "tflop_per_s": flops.get_total_flops() * world_size() / step / 1e12,
-                   "memory_gib": peak_memory(self.device)}
-        for key, value in numbers.items():
-            print0(f"{key:20} {value:10.4g}")
-        print0(json.dumps(numbers))
-        flag = "--precision bf16" if self.args.precision == "fp32" else "--compile, or more processes"
-        print0("bottleneck:", "decoding; --workers" if numbers["waiting_share"] > 0.05 else f"the network; {flag}")
-        raise SystemExit
-
-    def record(self, clips, **terms):
-        """Note a step's number of clips and its loss terms, scalars of which the first is the loss: means over ranks.
-
-        They are read one step later, when they have reached the host without anyone waiting for them."""
+    def add(self, clips, **terms):
+        """Note a step's number of clips and its loss terms, scalars, of which the first is the
+        loss."""
         stop = torch.full((), float(bool(Signals.requested)), device=self.device)
-        values = torch.stack([term.detach().float() for term in terms.values()] + [stop])
+        values = torch.stack([*(term.detach().float() for term in terms.values()), stop])
         if world_size() > 1:
-            dist.all_reduce(values)  # the stop request, too: all ranks stop at one step
+            dist.all_reduce(values)  # with the wish to stop: so all ranks stop at one step
             values /= world_size()
         self.settle()
         ready = None
@@ -1119,51 +1545,99 @@ class Run:
             ready = torch.cuda.Event()
             ready.record()
         self.clips += clips * world_size()
-        self.pending = (list(terms), values, ready, self.step, self.batch[1])
+        self.pending = {"names": list(terms), "values": values, "ready": ready,
+                        "step": self.state.step, "ids": self.batch.ids}
 
     def settle(self):
-        """Take in the numbers of the step that was recorded last; TrainingError if they are not finite."""
+        """Take in the numbers of the last step; TrainingError if they are not finite."""
         if self.pending is None:
             return
-        (names, values, ready, step, videos), self.pending = self.pending, None
-        if ready is not None:
-            ready.synchronize()
-        *values, stop = values.tolist()
-        self.stopping = self.stopping or stop > 0
-        terms = dict(zip(names, values))
+        if self.pending["ready"] is not None:
+            self.pending["ready"].synchronize()
+        *values, stop = self.pending["values"].tolist()
+        terms = dict(zip(self.pending["names"], values))
         if not all(map(math.isfinite, values)):
+            videos = ", ".join(self.batches.videos.name(i) for i in self.pending["ids"])
             raise TrainingError(
-                f"epoch {self.epoch + 1}, step {step + 1}: not finite: {terms}. The videos of this step: "
-                + ", ".join(self.stream.videos.name(i) for i in videos) + f". {self.path} was left as it was")
+                f"epoch {self.state.epoch + 1}, step {self.pending['step']}: not finite: {terms}. "
+                f"The videos of this step: {videos}. {self.state.path} was left as it was")
+        self.stopping = self.stopping or stop > 0
+        sums = self.state.sums
         for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.bar.set_postfix({name: f"{total / (step + 1):.3f}" for name, total in self.sums.items()}, refresh=False)
+            sums[name] = sums.get(name, 0.0) + value
+        means = {name: f"{total / self.pending['step']:.3f}" for name, total in sums.items()}
+        self.bar.set_postfix(means, refresh=False)
+        self.pending = None
 
-    def save(self, finished=False, **more):
-        """Write the checkpoint: the old one or the new one is there, whole, whenever the power fails."""
-        if rank() == 0:
-            state = {**self.facts, **self.carried, **more, "args": vars(self.args), "epoch": self.epoch,
-                     "step": self.step, "sums": self.sums, "finished": finished,
-                     **{name: part.state_dict() for name, part in self.parts.items()}}
-            write_atomically(self.path, lambda file: torch.save(state, file))
-        if world_size() > 1:
-            dist.barrier()
+    def means(self):
+        """The numbers of the epoch that ends: means of the loss terms, learning rate, speed."""
+        self.settle()
+        seconds = time.perf_counter() - self.begin
+        numbers = {name: total / self.state.step for name, total in self.state.sums.items()}
+        names = set()
+        for unreadable in gather_objects(self.batches.unreadable):
+            names |= {self.batches.videos.name(i) for i in unreadable}
+        if names:
+            print0("cannot be decoded:", ", ".join(sorted(names)))
+        return {
+            **numbers,
+            "lr": self.state.optimizer.param_groups[0]["lr"],
+            "seconds": seconds,
+            "clips_per_s": self.clips / seconds,
+            "waiting_share": self.waiting / seconds,
+            "memory_gib": peak_memory(self.device),
+            "unreadable": len(names),
+        }
 
-    def finish(self, **more):
-        self.save(finished=True, **more)
-        print0(f"wrote {self.path}")
+    def benchmark(self, count):
+        """The steps of --benchmark, then their numbers, as a table and as JSON, and the end."""
+        Signals.deferring = False  # nothing is to be saved
+        with FlopCounterMode(display=False) as flops:
+            yield self.next_batch()
+        for _ in range(min(5, count)):  # warm-up
+            yield self.next_batch()
+        self.settle()  # which waits for the GPU
+        self.restart_timing()
+        for _ in range(count):
+            yield self.next_batch()
+        self.settle()
+        step = (time.perf_counter() - self.begin) / count
+        waiting_share = self.waiting / count / step
+        keys = self.batch.keys[:16]
+        begin = time.perf_counter()
+        for key in keys:
+            self.batches.dataset[key, key[2]]
+        decode_seconds = (time.perf_counter() - begin) / len(keys)
+        numbers = {
+            "videos_per_s": self.batches.share * world_size() / step,
+            "ms_per_step": 1000 * step,
+            "clips_per_s": self.clips / count / step,
+            "decode_ms_per_video": 1000 * decode_seconds,
+            "waiting_share": waiting_share,
+            "tflop_per_s": flops.get_total_flops() * world_size() / step / 1e12,
+            "memory_gib": peak_memory(self.device),
+        }
+        for key, value in numbers.items():
+            print0(f"{key:20} {value:10.4g}")
+        print0(json.dumps(numbers))
+        flag = "--precision bf16" if self.args.precision == "fp32" else "--compile, more processes"
+        print0("bottleneck:", "decoding; --workers" if waiting_share > 0.05
+               else f"the network; {flag}")
+        raise SystemExit
 
 
 def peak_memory(device):
     """The most that this process has held so far, in GiB: on the GPU, or of the CPU's memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+# ---- Checkpoints ---------------------------------------------------------------------------------
 def write_atomically(path, write):
-    """Call write(file) on a new file that then takes the place of `path`, whole and on disk; UserError if it cannot."""
+    """Call write(file) on a new file that then takes the place of `path`, whole and on disk;
+    UserError if it cannot."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -1183,37 +1657,53 @@ def write_atomically(path, write):
             temporary.unlink()
 
 
-def read_checkpoint(path):
-    """What torch.save has written to a file: a dict, tensors on the CPU, the same on every rank. No code of it runs."""
+def read_checkpoint(path, stages=None, with_optimizer=False):
+    """What torch.save has written to a file: a dict, tensors on the CPU, the same on every rank. No
+    code of it runs.
+
+    stages: those that may have written it, to its end (None: another program). UserError if
+    another one has, or if it is damaged or unfinished."""
     saved = error = None
     if rank() == 0:
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped, what nobody uses is never read: the optimiser is two thirds of a checkpoint.
+            mapped = not with_optimizer and zipfile.is_zipfile(path)
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except FileNotFoundError:
-            error = f"{path}: no such checkpoint (pretrain_inv.py, pretrain_dist.py and finetune.py write them)"
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
-            error = f"{path}: damaged, or no file of tensors: {str(e).strip().splitlines()[0][:120]}"
+            error = (f"{path}: no such checkpoint (pretrain_inv.py, pretrain_dist.py and "
+                     "finetune.py write them)")
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError,
+                pickle.UnpicklingError) as e:
+            reason = str(e).strip().splitlines()[0][:120]
+            error = f"{path}: damaged, or no file of tensors: {reason}"
         if error is None and not isinstance(saved, dict):
             error = f"{path}: not a checkpoint"
+        if error is None and not with_optimizer:
+            saved.pop("optimizer", None)
     saved, error = broadcast((saved, error))
     if error:
         raise UserError(error)
+    stage = saved.get("stage")
+    if stages and stage not in stages:
+        wanted = " or ".join(s for s in stages if s)
+        raise UserError(f"{path}: by {stage or 'another program'}, not by {wanted}")
+    if stages and stage and not saved["finished"]:
+        raise UserError(f"{path}: unfinished at epoch {saved['epoch']}, run its stage first")
     return saved
 
 
-def load_finished(names, folder, stages):
-    """{name: content} of finished checkpoints, by path or in `folder`, by one of `stages` (None: another program)."""
-    contents = {}
-    for name in (name for name in names if name != "none"):
-        path = name if os.path.dirname(name) else os.path.join(folder, name)
-        saved = read_checkpoint(path)
-        stage = saved.get("stage")
-        if stage not in stages:
-            raise UserError(f"{path}: by {stage or 'another program'}, not by {' or '.join(filter(None, stages))}")
-        if stage and not saved["finished"]:
-            raise UserError(f"{path}: unfinished at epoch {saved['epoch']}, run its stage first")
-        contents[name] = {key: value for key, value in saved.items() if key != "optimizer"}
-    return contents
+def find_checkpoint(name, folder):
+    """A checkpoint's path by what a flag says: a path, or a file name in `folder`."""
+    return name if os.path.dirname(name) else os.path.join(folder, name)
+
+
+def start_from(model, path, saved):
+    """Give a model the weights of a checkpoint's content, all but the classifier's."""
+    try:
+        taken, left = load_backbone(model, saved)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    print0(f"took {taken} tensors of {path}, left {left}")
 
 
 def load_classifier(saved, device):
@@ -1223,241 +1713,262 @@ def load_classifier(saved, device):
     return model.to(device, memory_format=torch.channels_last_3d).requires_grad_(False).eval()
 
 
-def load_backbone(model, path, saved):
-    """Give a model all weights but the classifier's from what read_checkpoint returned, whoever wrote it.
-
-    Known public forms: torchvision's r3d_18 (a bare state dict), PyTorchVideo's slow_r50 (under "model_state"), TCLR's
-    (under "state_dict", names behind "module.0.", trained on BGR frames). UserError if a tensor does not fit."""
-    weights = next((saved[key] for key in ("model", "model_state", "state_dict") if key in saved), saved)
-    tclr = any(name.startswith("module.0.") for name in weights)
-    weights = {name.removeprefix("module.").removeprefix("0." if tclr else ""): w for name, w in weights.items()}
-    own = {name: w for name, w in model.state_dict().items() if not name.startswith(CLASSIFIERS)}
-    fitting = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
-    unfit = [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]
-    if unfit:
-        raise UserError(f"{path}: {len(fitting)} of {len(own)} tensors fit, {unfit[0]} does not: another arch?")
-    if tclr:
-        fitting["stem.0.weight"] = fitting["stem.0.weight"].flip(1)
-    model.load_state_dict(fitting, strict=False)
-    print0(f"took {len(fitting)} tensors of {path}, left {len(weights) - len(fitting)}")
-
-
-# ---- Evaluation: temporal similarity after stage 1, class probabilities ----------------------------------------------
+# ---- Passes over all videos ----------------------------------------------------------------------
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def map_videos(function, videos, indices, size, args, device, title):
+def map_videos(function, videos, indices, group_size, size, workers, device, title):
     """Apply a function to the decoded frames at `indices` of all videos, shared among the ranks.
 
-    function: a list of up to `size` uint8 (T, H, W, 3) on the device -> a tensor with a row for each. Returns
-    {number: row} and, of those that cannot be decoded, {number: reason}."""
-    numbers = range(rank(), len(videos), world_size())
-    dataset = Frames(videos, indices, round(1.25 * args.size))
-    items = dataset.loader([(None, i) for i in numbers], args.workers, pin_memory=device.type == "cuda")
-    rows, unreadable, waiting = {}, {}, {}
-    for i, item in zip(tqdm(numbers, desc=title, leave=False, disable=True if rank() else None), items):
-        if isinstance(item, str):
-            unreadable[i] = item
-            tqdm.write(f"warning: {videos.path(i)}: {item}", file=sys.stderr)
+    function: a list of up to `group_size` uint8 (T, H, W, 3) on the device -> a tensor with a
+    row for each. size: of the network's input. Returns {id: row} and, of those that cannot be
+    decoded, {id: reason}."""
+    Signals.end_at_once()
+    ids = range(rank(), len(videos), world_size())
+    dataset = Frames(videos, indices, round(1.25 * size))
+    items = dataset.loader([(None, i) for i in ids], workers, device)
+    bar = tqdm(items, desc=title, total=len(ids), leave=False, disable=True if rank() else None)
+    rows = {}
+    unreadable = {}
+    group = {}
+    for _, i, frames in bar:
+        if isinstance(frames, str):
+            unreadable[i] = frames
+            tqdm.write(f"warning: {videos.path(i)}: {frames}", file=sys.stderr)
         else:
-            waiting[i] = item.to(device, non_blocking=True)
-        if waiting and (len(waiting) == size or i == numbers[-1]):
-            rows.update(zip(waiting, function(list(waiting.values())).cpu()))
-            waiting = {}
-    for part in gather_objects((rows, unreadable)):
-        rows.update(part[0])
-        unreadable.update(part[1])
+            group[i] = frames.to(device, non_blocking=True)
+        if group and (len(group) == group_size or i == ids[-1]):
+            rows.update(zip(group, function(list(group.values())).cpu()))
+            group = {}
+    for others, reasons in gather_objects((rows, unreadable)):
+        rows.update(others)
+        unreadable.update(reasons)
     return dict(sorted(rows.items())), dict(sorted(unreadable.items()))
 
 
 def measure_similarity(embedder, videos, args, device):
-    """C of Eq. 5 of each video by the self-supervised teacher, before fine-tuning (Algorithm 1, line 16).
+    """C of Eq. 5 of each video by the self-supervised teacher, before fine-tuning (Algorithm 1,
+    line 16): what its checkpoint carries to stage 3.
 
-    From args.clips consecutive clips in its middle, centre crop, eval mode. Returns what the checkpoint holds of it."""
+    From args.clips consecutive clips in its middle, centre crop, eval mode."""
     def similarity(frames):
-        clips = [centre_crop(clip, args.size) for video in frames for clip in video.split(args.frames)]
+        clips = []
+        for video in frames:
+            clips += [centre_crop(clip, args.size) for clip in video.split(args.frames)]
         with autocast(args, device):
             z = embedder(to_input(clips, embedder.backbone))
         return temporal_similarity(z.unflatten(0, (-1, args.clips)))
 
     embedder.eval()
-    span = functools.partial(spaced_clips, clips=1, frames=args.clips * args.frames, stride=args.stride)
-    rows, unreadable = map_videos(similarity, videos, span, args.batch // world_size(), args, device, "similarity")
+    span = functools.partial(spaced_clips, clips=1, frames=args.clips * args.frames,
+                             stride=args.stride)
+    rows, unreadable = map_videos(similarity, videos, span, args.batch // world_size(), args.size,
+                                  args.workers, device, "similarity")
     check_unreadable(unreadable, range(len(videos)), videos)
-    return {"similarity_of": [videos.name(i) for i in rows], "similarity": torch.stack(list(rows.values())),
-            "similarity_clips": [args.clips, args.frames, args.stride]}
+    return {
+        "similarity_of": [videos.name(i) for i in rows],
+        "similarity": torch.stack(list(rows.values())),
+        "similarity_clips": [args.clips, args.frames, args.stride],
+    }
 
 
 def paired_similarity(teachers):
-    """Of the videos of which both teachers' checkpoints hold C of Eq. 5: names, and both C, (N, n, n).
+    """Of the videos of which both teachers' checkpoints hold C of Eq. 5: names, and both C,
+    (N, n, n).
 
     teachers: {name: content} of two. UserError if one holds none."""
     for name, saved in teachers.items():
         if "similarity" not in saved:
-            raise UserError(f"{name} does not come from stage 1, TSTR cannot weigh it: --reweight mean or a number")
-    rows = [{video: i for i, video in enumerate(saved["similarity_of"])} for saved in teachers.values()]
-    names = [video for video in rows[0] if video in rows[1]]
-    return names, *(saved["similarity"][[row[name] for name in names]] for saved, row in zip(teachers.values(), rows))
+            raise UserError(f"{name} does not come from stage 1, TSTR cannot weigh it: "
+                            "--reweight mean or a number")
+    first, second = teachers.values()
+    rows = {name: k for k, name in enumerate(second["similarity_of"])}
+    names = [name for name in first["similarity_of"] if name in rows]
+    shared = [k for k, name in enumerate(first["similarity_of"]) if name in rows]
+    return names, first["similarity"][shared], second["similarity"][[rows[n] for n in names]]
 
 
-def class_probabilities(model, videos, clips, scales, args, device, title):
-    """Softmax averaged over uniformly spaced clips and centre crops of the given shares of the short side (Sec. 4.2).
-
-    Returns {number: (C,)} and {number: reason} as map_videos does."""
-    def probabilities(frames):
-        crops = [centre_crop(clip, args.size, scale)
-                 for video in frames for clip in video.split(args.frames) for scale in scales]
-        with autocast(args, device):
-            logits = model(to_input(crops, model))
-        return logits.float().softmax(1).unflatten(0, (len(frames), -1)).mean(1)
-
-    model.eval()
-    spaced = functools.partial(spaced_clips, clips=clips, frames=args.frames, stride=args.stride)
-    return map_videos(probabilities, videos, spaced, 4, args, device, title)
-
-
-# ---- Arguments -------------------------------------------------------------------------------------------------------
-DATA_SETS = "toy", "ucf101", "hmdb51", "kinetics400", "folder"
+# ---- Arguments -----------------------------------------------------------------------------------
+DATA_SETS = ("toy", "ucf101", "hmdb51", "kinetics400", "folder")
 
 
 def defaults(data, stage):
-    """What a stage ("pretrain", "finetune", "student") does where no flag says otherwise: the paper's settings.
+    """What a stage ("pretrain", "finetune", "student") does where no flag says otherwise: the
+    paper's settings, and small ones of toy's own.
 
-    Batch and epochs of fine-tuning, which it does not name, are those of the authors' code. toy has small ones."""
+    Batch and epochs of fine-tuning, which the paper does not name, are the authors' code's."""
     ssl = stage == "pretrain"
-    settings = {"data": data, "root": f"data/{data}", "split": 1, "pool": "train", "arch": "slow_r50", "size": 224,
-                "clips": 4, "frames": 16 if ssl else 8, "stride": 1 if ssl else 2, "batch": 40 if ssl else 16,
-                "epochs": 150 if not ssl else 100 if data == "kinetics400" else 250, "warmup": 10, "patience": 5,
-                "lr": 1e-3, "percent": {"ucf101": 5, "hmdb51": 40, "toy": 6}.get(data, 10), "subset_seed": 0}
+    settings = {
+        "data": data,
+        "root": f"data/{data}",
+        "split": 1,
+        "pool": "train",
+        "percent": {"ucf101": 5, "hmdb51": 40, "toy": 6}.get(data, 10),
+        "subset_seed": 0,
+        "clips": 4,
+        "frames": 16 if ssl else 8,
+        "stride": 1 if ssl else 2,
+        "size": 224,
+        "arch": "slow_r50",
+        "epochs": 150 if not ssl else 100 if data == "kinetics400" else 250,
+        "batch": 40 if ssl else 16,
+        "lr": 1e-3,
+        "warmup": 10,
+        "patience": 5,
+    }
     if data == "toy":
-        settings |= {"arch": "r3d_tiny", "size": 32, "warmup": 2, "batch": 20 if ssl else 16,
-                     "epochs": {"pretrain": 12, "finetune": 100, "student": 30}[stage],
-                     "patience": {"pretrain": 5, "finetune": 25, "student": 15}[stage],
-                     "lr": 3e-4 if stage == "finetune" else 1e-3}
+        settings |= {
+            "size": 32,
+            "arch": "r3d_tiny",
+            "epochs": {"pretrain": 12, "finetune": 100, "student": 30}[stage],
+            "batch": 20 if ssl else 16,
+            "lr": 3e-4 if stage == "finetune" else 1e-3,
+            "warmup": 2,
+            "patience": {"pretrain": 5, "finetune": 25, "student": 15}[stage],
+        }
     return settings
 
 
-def number(kind, least, most=math.inf):
+def settle_arguments(args, stage="", sources={}, inherited=()):
+    """Fill in what no flag has set: from the checkpoints that the stage reads, {path: content},
+    from defaults(), or from what the machine has. UserError on a contradiction."""
+    taken = {}
+    for path, saved in sources.items():
+        for key in inherited if saved and saved.get("stage") else ():
+            value = saved["args"][key]
+            given = getattr(args, key)
+            if given is None and value is not None:
+                setattr(args, key, value)
+                taken[key] = value
+            elif given != value and key != "root":  # the videos may have moved
+                raise UserError(f"{flag(key)} {given} contradicts {path}, made with {value}")
+    if taken:
+        print0("from", ", ".join(sources) + ":", *(f"{flag(k)} {v}" for k, v in taken.items()))
+    table = defaults(args.data or "toy", stage) if stage else {}
+    if getattr(args, "labeled_list", None):
+        if args.percent is not None:
+            raise UserError("--percent and --labeled-list: choose one")
+        del table["percent"]
+    for key, value in table.items():
+        if getattr(args, key, 0) is None:
+            setattr(args, key, value)
+    if args.workers is None:
+        on_linux = hasattr(os, "sched_getaffinity")
+        cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count()
+        args.workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if args.precision is None:
+        args.precision = broadcast("bf16" if has_bf16(args.device) else "fp32")
+    if not stage:
+        return
+    if args.benchmark:
+        args.epochs = 10**6  # as many as it needs
+    r3d = args.arch.startswith("r3d")
+    if r3d and args.size > 112 and args.device == "cpu" and args.precision == "bf16":
+        raise UserError(f"{args.arch} above --size 112 needs --precision fp32 on a CPU: oneDNN's "
+                        "bf16 is wrong there")
+    if args.batch % world_size():
+        raise UserError(f"--batch {args.batch} cannot be shared among {world_size()} processes: "
+                        "choose a multiple")
+    print0("settings:", *(f"{flag(k)} {v}" for k, v in vars(args).items() if v is not None))
+
+
+def flag(key):
+    return "--" + key.replace("_", "-")
+
+
+def has_bf16(device):
+    """Whether the hardware computes in bfloat16, which it may be able to emulate."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(False)
+    able = torch.cpu.get_capabilities()
+    return able.get("amx_bf16", False) or able.get("avx512_bf16", False)
+
+
+def ranged(kind, least, most=math.inf):
     """An argparse type: an int or a float, from `least` to `most`."""
     def parse(text):
         with contextlib.suppress(ValueError):
-            if least <= (value := kind(text)) <= most and value < math.inf:
+            value = kind(text)
+            if least <= value <= most and value < math.inf:
                 return value
         raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} from {least} to {most}")
     return parse
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags in named groups, with their defaults in --help, those that training stages share among them ("": none).
+    """Flags in named groups, their defaults in --help, with those that training stages share.
 
-    stage: "pretrain", "finetune" or "student". A mistake becomes a UserError, so one line."""
+    stage: "pretrain", "finetune" or "student" ("": none of these flags). A mistake becomes a
+    UserError, so one line."""
 
     def __init__(self, description, stage=""):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.stage, self.groups = stage, {}
-        count, add = functools.partial(number, int), self.add
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter)
+        self.stage = stage
+        self.groups = {}
         if stage:
-            add("data", "--data", "data set; toy is rendered where it is missing (default toy)", choices=DATA_SETS)
-            add("data", "--root", "its folder (default data/<data>)", metavar="DIR")
-            add("data", "--split", "official split of ucf101 and hmdb51", type=int, choices=(1, 2, 3))
-            add("data", "--pool", "hmdb51's training videos: the split's, or all but test's", choices=("train", "all"))
-            if stage != "pretrain":
-                add("data", "--percent", "%% of each class with a label", type=number(float, 1e-3, 100), metavar="P")
-                add("data", "--labeled-list", "read the labelled videos from a published list instead", metavar="FILE")
-                add("data", "--subset-seed", "draws which P percent", type=count(0), metavar="N")
-            else:
-                add("clips", "--clips", "consecutive clips per video, n", type=count(2), metavar="N")
-            add("clips", "--frames", "frames per clip", type=count(1), metavar="N")
-            add("clips", "--stride", "frames from one to the next", type=count(1), metavar="N")
-            add("clips", "--size", "side of the square that the network sees", type=count(16), metavar="PIXELS")
-            add("model", "--arch", "network", choices=ARCHS)
-            add("training", "--epochs", "passes over the videos", type=count(1), metavar="N")
-            add("training", "--batch", "videos per step, over all processes", type=count(1), metavar="VIDEOS")
-            add("training", "--lr", "Adam's learning rate", type=number(float, 0), metavar="X")
-            add("training", "--warmup", "epochs in which it rises linearly", type=count(0), metavar="EPOCHS")
-            add("training", "--patience", "epochs without a lower loss before it halves", type=count(0), metavar="N")
-            add("run", "--out", "folder of checkpoints and logs (default runs/<data>)", metavar="DIR")
-            add("run", "--seed", "of weights, order and augmentation", type=count(0), default=0, metavar="N")
-            add("run", "--checkpointing", "recompute activations: less memory, a third more time", action="store_true")
-            add("run", "--compile", "torch.compile: slow to start, then faster on GPUs", action="store_true")
-            add("run", "--restart", "begin again, even where there is a checkpoint", action="store_true")
-            add("run", "--benchmark", "time so many steps, write no checkpoint", type=count(1), metavar="N")
-        add("run", "--workers", "decoding processes (default: its share of the cores)", type=count(0), metavar="N")
-        add("run", "--device", "default: cuda where there is a GPU", choices=("cpu", "cuda"))
-        add("run", "--precision", "default: bf16 autocast where the hardware has it", choices=("bf16", "fp32"))
+            self.add_shared_flags()
+        self.add("run", "--workers", "decoding processes (default: its share of the cores)",
+                 type=ranged(int, 0), metavar="N")
+        self.add("run", "--device", "default: cuda where there is a GPU", choices=("cpu", "cuda"))
+        self.add("run", "--precision", "default: bf16 autocast where the hardware has it",
+                 choices=("bf16", "fp32"))
 
-    def add(self, group, flag, text, **settings):
+    def add_shared_flags(self):
+        def add_count(group, name, text, least=1, metavar="N"):
+            self.add(group, name, text, type=ranged(int, least), metavar=metavar)
+
+        add = self.add
+        add("data", "--data", "data set; toy is rendered where it is missing (default toy)",
+            choices=DATA_SETS)
+        add("data", "--root", "its folder (default data/<data>)", metavar="DIR")
+        add("data", "--split", "official split of ucf101 and hmdb51", type=int, choices=(1, 2, 3))
+        add("data", "--pool", "hmdb51's training videos: the split's, or all but test's",
+            choices=("train", "all"))
+        if self.stage == "pretrain":
+            add_count("clips", "--clips", "consecutive clips per video, n", 2)
+        else:
+            add("data", "--percent", "%% of each class with a label",
+                type=ranged(float, 1e-3, 100), metavar="P")
+            add("data", "--labeled-list", "read the labelled videos from a published list instead",
+                metavar="FILE")
+            add_count("data", "--subset-seed", "draws which P percent", 0)
+        add_count("clips", "--frames", "frames per clip")
+        add_count("clips", "--stride", "frames from one to the next")
+        add_count("clips", "--size", "side of the square that the network sees", 16, "PIXELS")
+        add("model", "--arch", "network", choices=ARCHS)
+        add_count("training", "--epochs", "passes over the videos")
+        add_count("training", "--batch", "videos per step, over all processes", metavar="VIDEOS")
+        add("training", "--lr", "Adam's learning rate", type=ranged(float, 0), metavar="X")
+        add_count("training", "--warmup", "epochs in which it rises linearly", 0, "EPOCHS")
+        add_count("training", "--patience", "epochs without a lower loss before it halves", 0)
+        add("run", "--out", "folder of checkpoints and logs (default runs/<data>)", metavar="DIR")
+        add("run", "--seed", "of weights, order and augmentation", type=ranged(int, 0), default=0,
+            metavar="N")
+        add("run", "--checkpointing", "recompute activations: less memory, a third more time",
+            action="store_true")
+        add("run", "--compile", "torch.compile: slow to start, then faster on GPUs",
+            action="store_true")
+        add("run", "--restart", "begin again, even where there is a checkpoint",
+            action="store_true")
+        add_count("run", "--benchmark", "time so many steps, write no checkpoint")
+
+    def add(self, group, name, text, **settings):
+        """Add a flag (or, without dashes, an argument) to a group, with its default in the help."""
         if group not in self.groups:
             self.groups[group] = self.add_argument_group(group)
-        key, default = flag.strip("-").replace("-", "_"), settings.get("default")
-        values = {data: defaults(data, self.stage).get(key) for data in DATA_SETS} if self.stage else {}
-        default = values.get("ucf101") if default is None else " ".join(map(str, np.atleast_1d(default)))
-        if default is not None and "default" not in text:
-            others = [f"{data} {value}" for data, value in values.items() if value not in (None, default)]
-            text += f" (default {'; '.join([str(default), *others])})"
-        self.groups[group].add_argument(flag, help=text, **settings)
+        if "default" not in text:
+            text += self.describe_default(name.strip("-").replace("-", "_"), **settings)
+        self.groups[group].add_argument(name, help=text, **settings)
+
+    def describe_default(self, key, default=None, **_):
+        if default is not None:
+            return f" (default {' '.join(map(str, np.atleast_1d(default)))})"
+        table = {data: defaults(data, self.stage).get(key) for data in DATA_SETS if self.stage}
+        usual = table.get("ucf101")
+        if usual is None:
+            return ""
+        odd = [f"; {data} {value}" for data, value in table.items() if value != usual]
+        return f" (default {usual}{''.join(odd)})"
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
-
-
-def settle_arguments(args, stage, sources={}, inherited=()):
-    """Fill in what no flag has set, from checkpoints, {name: content}, or by default; UserError on a contradiction."""
-    taken, ours = [], {path: saved for path, saved in sources.items() if saved.get("stage")}
-    for path, saved in ours.items():
-        for key in inherited:
-            value = saved["args"][key]
-            if getattr(args, key) is None and value is not None:
-                setattr(args, key, value)
-                taken.append(key)
-            elif getattr(args, key) != value and key != "root":  # the videos may have moved
-                raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)} contradicts {path}, made with {value}")
-    if taken:
-        print0("from", ", ".join(ours) + ":", *(f"--{k} {getattr(args, k)}" for k in taken))
-    for key, value in defaults(args.data or "toy", stage).items():
-        if getattr(args, key, 0) is None and not (key == "percent" and args.labeled_list):
-            setattr(args, key, value)
-    if getattr(args, "labeled_list", None) and args.percent is not None:
-        raise UserError("--percent and --labeled-list: choose one")
-    if args.benchmark:
-        args.epochs = 10**6  # as many as it needs
-    if args.device == "cpu" and args.precision == "bf16" and args.arch.startswith("r3d") and args.size > 112:
-        raise UserError(f"{args.arch} above --size 112 needs --precision fp32 on a CPU: oneDNN's bf16 is wrong there")
-    if args.batch % world_size():
-        raise UserError(f"--batch {args.batch} cannot be shared among {world_size()} processes: choose a multiple")
-    print0("settings:", *(f"--{k.replace('_', '-')} {value}" for k, value in vars(args).items() if value is not None))
-
-
-class UserError(Exception):
-    """A mistake in arguments or input: `command` turns it into one line on stderr and exit status 2."""
-    status = 2
-
-
-class TrainingError(UserError):
-    """Training cannot go on: one line on stderr, exit status 1."""
-    status = 1
-
-
-def command(main):
-    """Make main(argv=None) a command: signals as Signals says, a user's mistakes as one line, exit status 0, 1 or 2."""
-    @functools.wraps(main)
-    def run(argv=None):
-        Signals.deferring = Signals.requested = False
-        before = {s: signal.signal(s, Signals.handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        script, status, text = os.path.basename(main.__code__.co_filename), 0, None
-        try:
-            main(argv)
-        except UserError as error:
-            status, text = error.status, error
-        except torch.cuda.OutOfMemoryError as error:
-            status, text = 2, f"out of GPU memory: try --checkpointing, or a smaller --batch or --size ({error})"
-        except KeyboardInterrupt:
-            status, text = 1, "interrupted; the same command goes on from the last checkpoint"
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
-        if status:
-            print(f"{script}: {text}".replace("\n", " "), file=sys.stderr, flush=True)
-            raise SystemExit(status)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return run

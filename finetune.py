@@ -1,66 +1,82 @@
-"""Stage 2 of TimeBalance: both teachers learn the classes from the labelled videos (Sec. 3.1.2; Algorithm 1, 17-21).
+"""Stage 2 of TimeBalance: both teachers learn the classes from the labelled videos (Sec. 3.1.2;
+Algorithm 1, lines 17-21).
 
-Draws the labelled videos (--percent or --labeled-list) and writes their names to OUT/labeled.txt. Reads OUT/inv.pt and
-OUT/dist.pt, writes OUT/inv_ft.pt and OUT/dist_ft.pt. With --init none it trains the labelled-only baseline instead,
-from random weights: OUT/labeled_only.pt.
+Draws the labelled videos (--percent or --labeled-list) and writes their names to OUT/labeled.txt.
+Reads OUT/inv.pt and OUT/dist.pt, writes OUT/inv_ft.pt and OUT/dist_ft.pt. With --init none it
+trains the labelled-only baseline instead, from random weights: OUT/labeled_only.pt.
 
-    python finetune.py                                           # after stage 1 on toy videos: seconds on a CPU
-    python finetune.py --init none                               # the baseline
+    python finetune.py                                  # after stage 1 on toy videos: seconds
+    python finetune.py --init none                      # the baseline
     torchrun --nproc-per-node 4 finetune.py --data ucf101 --percent 5
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from common import (
-    WEAK, Parser, Pool, Run, VideoStream, augment, autocast, build_model, choose_labeled, command, draw, load_backbone,
-    load_finished, settle_arguments, start, to_input, training_videos)
+    WEAK, Batches, Meter, Parser, Pool, State, augment, autocast, build_model, command, draw,
+    find_checkpoint, labeled_and_all_videos, read_checkpoint, settle_arguments, start, start_from,
+    to_input, warm_up)
 
 
 @command
 def main(argv=None):
     parser = Parser(__doc__, "finetune")
-    parser.add("model", "--init", "what to fine-tune, one after the other: file names in --pretrained, paths, or none "
-               "for random weights", nargs="+", default=["inv.pt", "dist.pt"], metavar="CHECKPOINT")
+    parser.add("model", "--init", "what to fine-tune, one after the other: file names in "
+               "--pretrained, paths, or none for random weights", nargs="+",
+               default=["inv.pt", "dist.pt"], metavar="CHECKPOINT")
     parser.add("model", "--pretrained", "folder of stage 1 (default OUT)", metavar="DIR")
-    args = parser.parse_args(argv)
-    device = start(args)
-    pretrained = load_finished(args.init, args.pretrained or args.out, ["pretrain_inv", "pretrain_dist", None])
-    settle_arguments(args, "finetune", pretrained, ["data", "root", "split", "pool", "arch", "size"])
-    videos = training_videos(args)
-    labeled = choose_labeled(videos, args)
+    args, device = start(parser, argv)
+    pretrained = {}
     for init in args.init:
-        finetune(argparse.Namespace(**{**vars(args), "init": init}), pretrained.get(init), videos, labeled, device)
+        path = find_checkpoint(init, args.pretrained or args.out)
+        stages = ["pretrain_inv", "pretrain_dist", None]
+        pretrained[init] = None if init == "none" else read_checkpoint(path, stages)
+    settle_arguments(args, "finetune", pretrained,
+                     inherited=["data", "root", "split", "pool", "arch", "size"])
+    labeled, videos = labeled_and_all_videos(args)
+    for init, saved in pretrained.items():
+        args.init = init  # each checkpoint says what it alone was made from
+        finetune(args, saved, labeled, videos, device)
 
 
-def finetune(args, saved, videos, labeled, device):
+def finetune(args, saved, labeled, videos, device):
     torch.manual_seed(args.seed)
     model = build_model(args.arch, len(videos.classes))
+    name = "labeled_only"
+    similarity = {}  # what stage 1 measured goes on to stage 3
     if saved:
-        load_backbone(model, args.init, saved)
-    name = "labeled_only" if args.init == "none" else f"{Path(args.init).stem}_ft"
-    run = Run(args, "finetune", name, model, videos, device, labeled)
-    if run.finished:
+        start_from(model, args.init, saved)
+        name = f"{Path(args.init).stem}_ft"
+        similarity = {k: v for k, v in saved.items() if k.startswith("similarity")}
+    state = State("finetune", name, args, model, videos, device, labeled, similarity)
+    if state.finished:
         return
-    if saved and "similarity" in saved:
-        run.carried = {key: value for key, value in saved.items() if key.startswith("similarity")}
-    stream = VideoStream(videos, [Pool(labeled, args.batch, cycle=True)], args.frames, args, device, run)
+    pool = Pool(labeled, args.batch, cycle=True)
+    batches = Batches(videos, [pool], args.frames, args, device)
+    meter = Meter(state, batches, args, device)
 
-    for _ in run.epochs():
-        for frames, numbers, keys in run.steps(stream):
-            clips = [augment(video, args.size, draw(args.seed, *key, 0), **WEAK) for video, key in zip(frames, keys)]
-            y = torch.as_tensor(videos.labels[numbers]).to(device, non_blocking=True)
+    for epoch in range(state.epoch, args.epochs):
+        warm_up(state.optimizer, args.lr, epoch, args.warmup)
+        state.net.train()
+        for batch in meter.steps(epoch):
+            clips = []
+            for video, key in zip(batch.videos, batch.keys):
+                clips.append(augment(video, args.size, draw(args.seed, *key, 0), **WEAK))
+            y = torch.as_tensor(videos.labels[batch.ids]).to(device, non_blocking=True)
             with autocast(args, device):
-                logits = run.net(to_input(clips, model))  # (b, classes)
+                logits = state.net(to_input(clips, model))  # (b, classes)
             loss = F.cross_entropy(logits.float(), y)  # L_sup, Eq. 4
-            run.optimizer.zero_grad()
-            loss.backward()
-            run.optimizer.step()
-            run.record(len(clips), loss=loss, accuracy=(logits.argmax(1) == y).float().mean())
-    run.finish()
+            state.update(loss)
+            meter.add(len(clips), loss=loss, accuracy=(logits.argmax(1) == y).float().mean())
+        means = meter.means()
+        if epoch >= args.warmup:
+            state.plateau.step(means["loss"])  # halves the learning rate on a plateau
+        state.end_epoch(means)  # log, checkpoint
+
+    state.finish()
 
 
 if __name__ == "__main__":

@@ -1,55 +1,65 @@
-"""Stage 1a of TimeBalance: the temporally-invariant teacher (Sec. 3.1.1, Eq. 1; Algorithm 1, lines 8-11).
+"""Stage 1a of TimeBalance: the temporally-invariant teacher (Sec. 3.1.1, Eq. 1; Algorithm 1, lines
+8-11).
 
-Clips of one video are to agree, clips of different videos to differ. Reads the training videos and no label. Writes
-OUT/inv.pt: backbone, projection head, and each video's temporal similarity matrix (Eq. 5), which stage 3 weighs by.
+Clips of one video are to agree, clips of different videos to differ. Reads the training videos and
+no label. Writes OUT/inv.pt: backbone, projection head, and each video's temporal similarity matrix
+(Eq. 5), which stage 3 weighs by.
 
     python pretrain_inv.py                                       # toy videos: a minute on a CPU
-    torchrun --nproc-per-node 4 pretrain_inv.py --data ucf101    # four GPUs, the same batch of 40 videos in all
+    torchrun --nproc-per-node 4 pretrain_inv.py --data ucf101    # four GPUs, 40 videos in all
 """
 
 import torch
 
 from common import (
-    STRONG, Embedder, Parser, Pool, Run, UserError, VideoStream, all_gather, augment, autocast, build_model, command,
-    draw, invariant_loss, measure_similarity, number, settle_arguments, start, to_input, training_videos)
+    Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment, autocast,
+    build_model, command, draw, invariant_loss, measure_similarity, ranged, settle_arguments, start,
+    to_input, training_videos, warm_up)
 
 
 @command
 def main(argv=None):
     parser = Parser(__doc__, "pretrain")
-    parser.add("training", "--temperature", "tau of Eq. 1", type=number(float, 1e-3), default=0.1, metavar="X")
+    parser.add("training", "--temperature", "tau of Eq. 1", type=ranged(float, 1e-3), default=0.1,
+               metavar="X")
     parser.add("run", "--name", "the checkpoint is OUT/NAME.pt", default="inv")
-    args = parser.parse_args(argv)
-    device = start(args)
+    args, device = start(parser, argv)
     settle_arguments(args, "pretrain")
     if args.batch < 2:
-        raise UserError("--batch 1: Eq. 1 takes its negatives from other videos, give it at least 2")
+        raise UserError("--batch 1: Eq. 1 takes its negatives from other videos, give 2 or more")
 
     videos = training_videos(args)
-    videos.hide_labels()
     torch.manual_seed(args.seed)
     embedder = Embedder(build_model(args.arch, len(videos.classes)))
-    run = Run(args, "pretrain_inv", args.name, embedder, videos, device)
-    if run.finished:
+    state = State("pretrain_inv", args.name, args, embedder, videos, device)
+    if state.finished:
         return
     n = args.clips
-    pools = [Pool(range(len(videos)), args.batch, cycle=False)]
-    stream = VideoStream(videos, pools, n * args.frames, args, device, run)
+    everyone = Pool(range(len(videos)), args.batch, cycle=False)
+    batches = Batches(videos, [everyone], n * args.frames, args, device)
+    meter = Meter(state, batches, args, device)
 
-    for _ in run.epochs():
-        for frames, _, keys in run.steps(stream):
-            clips = [augment(clip, args.size, draw(args.seed, *key, t), **STRONG)
-                     for video, key in zip(frames, keys) for t, clip in enumerate(video.split(args.frames))]
+    for epoch in range(state.epoch, args.epochs):
+        warm_up(state.optimizer, args.lr, epoch, args.warmup)
+        state.net.train()
+        for batch in meter.steps(epoch):
+            clips = []  # n of each video, one behind the other, each with its own augmentation
+            for video, key in zip(batch.videos, batch.keys):
+                for t, clip in enumerate(video.split(args.frames)):
+                    clips.append(augment(clip, args.size, draw(args.seed, *key, t)))
             with autocast(args, device):
-                z = run.net(to_input(clips, embedder.backbone))  # (own videos * n, 128)
-            z = all_gather(z.unflatten(0, (-1, n)))  # (B, n, 128): the other processes' videos are negatives, too
+                z = state.net(to_input(clips, embedder.backbone))  # (own videos * n, 128)
+            z = z.unflatten(0, (-1, n))
+            z = all_gather(z)  # (B, n, 128): the other processes' videos are negatives, too
             loss = invariant_loss(z, args.temperature)  # Eq. 1
-            run.optimizer.zero_grad()
-            loss.backward()
-            run.optimizer.step()
-            run.record(len(clips), loss=loss)
+            state.update(loss)
+            meter.add(len(clips), loss=loss)
+        means = meter.means()
+        if epoch >= args.warmup:
+            state.plateau.step(means["loss"])  # halves the learning rate on a plateau
+        state.end_epoch(means)  # log, checkpoint
 
-    run.finish(**measure_similarity(embedder, videos, args, device))  # Algorithm 1, line 16
+    state.finish(measure_similarity(embedder, videos, args, device))  # Algorithm 1, line 16
 
 
 if __name__ == "__main__":
