@@ -22,9 +22,11 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 import warnings
 import zipfile
 from collections import Counter, OrderedDict, namedtuple
+from datetime import timedelta
 from pathlib import Path
 
 import av
@@ -341,11 +343,12 @@ def build_model(arch, num_classes):
     return ARCHS[arch](num_classes)
 
 
-def count_time_steps(arch, frames, size):
-    """T', the time steps in the features of clips of `frames` frames."""
-    with torch.device("meta"):  # computes shapes alone
+def describe_features(arch, frames, size):
+    """Of the features of one clip: T', their time steps, and the FLOP that they take."""
+    with torch.device("meta"), FlopCounterMode(display=False) as flops:  # computes shapes alone
         clip = torch.empty(1, 3, frames, size, size)
-        return build_model(arch, 1).features(clip).shape[2]
+        time_steps = build_model(arch, 1).features(clip).shape[2]
+    return time_steps, flops.get_total_flops()
 
 
 class ProjectionHead(nn.Sequential):
@@ -572,32 +575,107 @@ def draw(seed, *key):
 WEAK = dict(area=0.5, jitter=0.2, hue=0.05, p_jitter=0.5, p_grey=0.1)  # stages 2 and 3
 
 
-def augment(clip, size, rng, area=0.3, jitter=0.4, hue=0.1, p_jitter=0.8, p_grey=0.2):
-    """One random crop, flip, colour jitter and greyscale for all frames of a clip (Sec. 4.2), drawn
-    from a numpy Generator. The defaults are stage 1's.
+def augment(clip, size, rng, **strength):
+    """augment_clips for one clip: uint8 (T, H, W, 3) -> uint8 (T, 3, size, size)."""
+    return augment_clips([clip], size, [rng], **strength)[0]
 
-    clip: uint8 (T, H, W, 3) on any device -> uint8 (T, 3, size, size). area: least share of the
-    frame that the crop keeps. jitter, hue: largest change of brightness, contrast, saturation, and
-    of hue. p_jitter, p_grey: how often."""
-    clip = clip.permute(0, 3, 1, 2)
-    height, width = clip.shape[2:]
-    pixels = rng.uniform(area, 1) * height * width
-    ratio = math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
-    h = min(height, round(math.sqrt(pixels / ratio)))
-    w = min(width, round(math.sqrt(pixels * ratio)))
-    top = int(rng.integers(height - h + 1))
-    left = int(rng.integers(width - w + 1))
-    clip = TF.resized_crop(clip, top, left, h, w, [size, size], antialias=True)
-    if rng.random() < 0.5:
-        clip = TF.horizontal_flip(clip)
-    if rng.random() < p_jitter:
-        changes = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
-        amounts = [*rng.uniform(1 - jitter, 1 + jitter, 3), rng.uniform(-hue, hue)]
-        for k in rng.permutation(4):
-            clip = changes[k](clip, float(amounts[k]))
-    if rng.random() < p_grey:
-        clip = TF.rgb_to_grayscale(clip, num_output_channels=3)
-    return clip
+
+def augment_clips(clips, size, rngs, area=0.3, jitter=0.4, hue=0.1, p_jitter=0.8, p_grey=0.2):
+    """A random crop, flip, colour jitter and greyscale of each clip (Sec. 4.2), the same for all
+    its frames, drawn from a numpy Generator for each. The defaults are stage 1's.
+
+    clips: N times uint8 (T, H, W, 3) on any device -> uint8 (N, T, 3, size, size). area: least
+    share of the frame that the crop keeps. jitter, hue: largest change of brightness, contrast,
+    saturation, and of hue. p_jitter, p_grey: how often.
+
+    One kernel or two for each clip, the crop; then each change of colour at once for all clips that
+    take it in the same place of their order."""
+    crops = []
+    flipped = []
+    grey = []
+    takers = {(place, change): [] for place in range(4) for change in range(4)}
+    amounts = np.zeros((len(clips), 4))  # of brightness, contrast, saturation, hue
+    for i, (clip, rng) in enumerate(zip(clips, rngs)):
+        height, width = clip.shape[1:3]
+        pixels = rng.uniform(area, 1) * height * width
+        ratio = math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
+        h = min(height, round(math.sqrt(pixels / ratio)))
+        w = min(width, round(math.sqrt(pixels * ratio)))
+        top = int(rng.integers(height - h + 1))
+        left = int(rng.integers(width - w + 1))
+        crop = clip[:, top:top + h, left:left + w].permute(0, 3, 1, 2)
+        if crop.is_cuda:
+            crop = crop.float()  # only a CPU scales uint8
+        crops.append(F.interpolate(crop, (size, size), mode="bilinear", antialias=True))
+        if rng.random() < 0.5:
+            flipped.append(i)
+        if rng.random() < p_jitter:
+            amounts[i, :3] = rng.uniform(1 - jitter, 1 + jitter, 3)
+            amounts[i, 3] = rng.uniform(-hue, hue)
+            for place, change in enumerate(rng.permutation(4)):
+                takers[place, change].append(i)
+        if rng.random() < p_grey:
+            grey.append(i)
+
+    x = torch.stack(crops)
+    if x.is_floating_point():
+        x = x.round_().clamp_(0, 255).to(torch.uint8)
+    # One copy to the device for all lists, and none that waits for it.
+    groups = [flipped, *takers.values(), grey]
+    ids = torch.tensor(sum(groups, [])).to(x.device, non_blocking=True)
+    flipped, *takers, grey = ids.split([len(group) for group in groups])
+    amounts = torch.from_numpy(amounts).to(x.device, non_blocking=True)  # float64
+    amounts = amounts[..., None, None, None, None]  # clip, change, then as the clips
+    if len(flipped):
+        x[flipped] = x[flipped].flip(-1)
+    for k, ids in enumerate(takers):
+        change = k % 4
+        if len(ids):
+            x[ids] = CHANGES[change](x[ids], amounts[ids, change])
+    if len(grey):
+        x[grey] = luminance(x[grey]).to(torch.uint8)
+    return x
+
+
+def luminance(x):
+    """Uint8 (..., 3, H, W) -> float32 (..., 1, H, W), whole numbers."""
+    r, g, b = x.unbind(-3)
+    return (0.2989 * r + 0.587 * g + 0.114 * b).floor_().unsqueeze(-3)
+
+
+def blend(x, other, factor):
+    x = (x * factor.float()).addcmul_(other, (1 - factor).float())
+    return x.clamp_(0, 255).to(torch.uint8)
+
+
+def change_brightness(x, factor):
+    return (x * factor.float()).clamp_(0, 255).to(torch.uint8)
+
+
+def change_contrast(x, factor):
+    return blend(x, luminance(x).mean((-3, -2, -1), keepdim=True), factor)
+
+
+def change_saturation(x, factor):
+    return blend(x, luminance(x), factor)
+
+
+def change_hue(x, turn):
+    """turn: as a share of the colour circle."""
+    x = x / 255
+    r, g, b = x.split(1, -3)
+    value = x.amax(-3, keepdim=True)
+    chroma = value - x.amin(-3, keepdim=True)
+    divisor = torch.where(chroma == 0, 1, chroma)
+    hue = torch.where(value == r, (g - b) / divisor,
+                      torch.where(value == g, (b - r) / divisor + 2, (r - g) / divisor + 4))
+    sector = torch.tensor([5, 3, 1], device=x.device).view(3, 1, 1)  # of red, green, blue
+    k = (sector + hue + 6 * turn.float()) % 6
+    x = value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
+    return (x * 255.999).to(torch.uint8)  # as torchvision rounds
+
+
+CHANGES = [change_brightness, change_contrast, change_saturation, change_hue]
 
 
 def centre_crop(clip, size, scale=1.0):
@@ -609,13 +687,18 @@ def centre_crop(clip, size, scale=1.0):
 
 
 def to_input(clips, model):
-    """N clips, each uint8 (T, 3, H, W) -> (N, 3, T, H, W), channels_last_3d, normalised by
-    model.mean and model.std."""
-    normalised = []
-    for clip in clips:
-        clip = clip.permute(0, 2, 3, 1).float().div_(255)
-        normalised.append(clip.sub_(model.mean).div_(model.std))
-    return torch.stack(normalised).permute(0, 4, 1, 2, 3)
+    """N clips, uint8 (N, T, 3, H, W) or a list of them -> (N, 3, T, H, W), channels_last_3d,
+    normalised by model.mean and model.std; in autocast's type inside autocast."""
+    if not torch.is_tensor(clips):
+        clips = torch.stack(clips)
+    kind = clips.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    clips = clips.transpose(1, 2)
+    x = torch.empty(clips.shape, dtype=dtype, device=clips.device,
+                    memory_format=torch.channels_last_3d)
+    scale = 1 / (255 * model.std).view(3, 1, 1, 1)
+    shift = (-model.mean / model.std).view(3, 1, 1, 1)
+    return torch.addcmul(shift, clips, scale, out=x)  # one kernel
 
 
 # ---- Lists of videos, and which of them have labels ----------------------------------------------
@@ -863,6 +946,64 @@ def all_gather(z):
     return torch.cat(rows)
 
 
+class SynchronisedNorm(torch.autograd.Function):
+    """BatchNorm in training, over the equally many rows of all ranks: (N, C, ...) -> the same, mean
+    and biased variance (C,).
+
+    Unlike nn.SyncBatchNorm it runs on gloo, too, never stops the host and breaks no compiled graph:
+    that one leaves out ranks without rows, by a mask that the host must read."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        dims = [0, *range(2, x.ndim)]
+        norm = torch.linalg.vector_norm(x, dim=dims, dtype=torch.float32)
+        sums = torch.stack([x.sum(dims, dtype=torch.float32), norm.square()])
+        dist.all_reduce(sums)
+        ctx.count = x.numel() // x.shape[1] * world_size()
+        mean, square = sums / ctx.count
+        var = (square - mean.square()).clamp_min(0)
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.mark_non_differentiable(mean, var)
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
+
+    @staticmethod
+    def backward(ctx, dy, _mean, _var):
+        x, weight, mean, var = ctx.saved_tensors
+        # The gradients at fixed mean and variance, by one kernel; then what goes through these two.
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True])
+        sums = torch.stack([dweight, dbias])
+        dist.all_reduce(sums)
+        by_x_hat, by_one = sums / ctx.count
+        inverse_std = (var + ctx.eps).rsqrt()
+        slope = weight * inverse_std * by_x_hat * inverse_std
+        offset = weight * inverse_std * by_one - slope * mean
+        channels = [1, -1] + [1] * (x.ndim - 2)
+        dx.addcmul_(x, slope.view(channels), value=-1).sub_(offset.view(channels))
+        return dx, dweight, dbias, None
+
+
+def batch_norm(module, x):
+    """forward of nn.BatchNorm1d to 3d, over all ranks in training, and in 4 dimensions: for 5 torch
+    has no channels_last kernels in bfloat16."""
+    flat = x.flatten(2, 3) if x.ndim == 5 else x  # a view
+    mean, var, momentum = module.running_mean, module.running_var, module.momentum
+    if module.training:
+        module.num_batches_tracked.add_(1)
+    if module.training and world_size() > 1:
+        y, batch_mean, batch_var = SynchronisedNorm.apply(
+            flat, module.weight, module.bias, module.eps)
+        with torch.no_grad():
+            count = flat.numel() // flat.shape[1] * world_size()
+            mean.lerp_(batch_mean, momentum)
+            var.lerp_(batch_var * (count / (count - 1)), momentum)
+    else:
+        y = F.batch_norm(flat, mean, var, module.weight, module.bias, module.training, momentum,
+                         module.eps)
+    return y.unflatten(2, x.shape[2:4]) if x.ndim == 5 else y
+
+
 def gather_objects(value):
     """Every rank's value, in a list, on every rank."""
     values = [value] * world_size()
@@ -940,7 +1081,8 @@ def report_labeled(videos, labeled, out):
         print0("warning: no labelled video of " + ", ".join(without))
     rows = [f"{name} {label}\n" for name, label in zip(names, videos.labels[labeled])]
     content = os.fsencode("".join(rows))
-    write_atomically(Path(out) / "labeled.txt", lambda file: file.write(content))
+    if rank() == 0:
+        write_atomically(Path(out) / "labeled.txt", lambda file: file.write(content))
 
 
 def set_digest(names):
@@ -1139,6 +1281,8 @@ def command(main):
         except KeyboardInterrupt:
             status = 1
             complain("interrupted; the same command goes on from the last checkpoint")
+        except SystemExit as end:  # of --help and --benchmark
+            status = end.code
         finally:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
@@ -1166,11 +1310,33 @@ def start(parser, argv):
         torch.backends.cudnn.benchmark = True
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         store, place, size = next(dist.rendezvous("env://"))
-        # Else gloo finds the addresses of processes that torchrun has replaced (--max-restarts).
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=place, world_size=size)
+        store = dist.PrefixStore(agree_on_prefix(store, place, size), store)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", store=store, rank=place, world_size=size,
+            # Ranks wait for the slowest one's share of a pass over all videos, and for rank 0.
+            timeout=timedelta(hours=2), device_id=device if device.type == "cuda" else None)
     return args, device
+
+
+def agree_on_prefix(store, place, size):
+    """A prefix for the keys of this start of all processes, the same in each of them.
+
+    After --max-restarts the store still holds the addresses of dead processes, and nothing that
+    torchrun tells its processes is the same on all nodes, yet new: the count of restarts is that of
+    the node that failed. So rank 0 invents a prefix and gives it to those who ask, until all have
+    it; who asked in an earlier start and died is answered in vain."""
+    own = uuid.uuid4().hex
+    if place > 0:
+        store.set(f"asks/{place}", own)
+        prefix = store.get(f"answer/{own}").decode()  # waits for it
+        store.add(f"joined/{prefix}", 1)
+        return prefix
+    while store.add(f"joined/{own}", 0) < size - 1:
+        for other in range(1, size):
+            if store.check([f"asks/{other}"]):
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
+        time.sleep(0.05)
+    return own
 
 
 def warm_up(optimizer, lr, epoch, warmup):
@@ -1256,6 +1422,7 @@ class Batches:
         print0(f"{steps} steps an epoch")
         self.steps = steps
         self.share = sum(pool.batch for pool in pools) // world_size()
+        self.frames = frames
         span = functools.partial(random_span, seed=args.seed, frames=frames, stride=args.stride)
         self.dataset = Frames(videos, span, round(1.25 * args.size))
 
@@ -1286,11 +1453,13 @@ class Batches:
         """This rank's Batch of each step from `first` to before `last`, counted from the run's
         beginning."""
         ahead = max(2, math.ceil(2 * self.share / max(1, self.workers)))  # two batches
+        self.check_shared_memory(ahead * self.workers)
         loader = self.dataset.loader(self.items(first, last), self.workers, self.device, ahead)
         for step in range(first, last):
             batch = Batch([], [], [])
             spare = {}  # pool: its substitutes
             for key, i, frames in itertools.islice(loader, self.share):
+                key = tuple(key)  # data loaders make lists of tuples
                 while isinstance(frames, str):
                     self.note_unreadable(key, i, frames)
                     if key[0] not in spare:
@@ -1306,6 +1475,17 @@ class Batches:
             dropout_seed = draw(self.seed, *divmod(step, self.steps), rank()).integers(2**63)
             torch.manual_seed(dropout_seed)
             yield batch
+
+    def check_shared_memory(self, items):
+        """Warn if /dev/shm may be too small for so many items, as it is in containers."""
+        side = self.dataset.short_side
+        needed = items * self.frames * 3 * side * side * 16 // 9  # bytes, if all are wide
+        there = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else needed
+        if needed > there:
+            warnings.warn(
+                f"/dev/shm has {there >> 20} MiB, decoding ahead may take {needed >> 20}, and ends "
+                "by a bus error if it does: fewer --workers, or a container with --shm-size "
+                f"{(needed >> 30) + 1}g")
 
     def substitutes(self, role, epoch, step):
         """Videos that may stand in for unreadable ones, in an order of the step's own."""
@@ -1366,8 +1546,9 @@ class State:
         self.finished = False
 
         net.to(device, memory_format=torch.channels_last_3d)
-        if world_size() > 1 and device.type == "cuda":
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        for module in net.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.forward = functools.partial(batch_norm, module)
         trained = [p for p in net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(trained, args.lr, betas=(0.9, 0.999),
                                           fused=device.type == "cuda")
@@ -1385,7 +1566,9 @@ class State:
         else:
             self.write_log([json.dumps(describe_command())])
         if args.compile:
-            for part in backbone.parts():  # they differ in shape, the steps do not
+            # The parts differ in shape, the steps do not: as many variants as there are parts.
+            torch._dynamo.config.recompile_limit = 64
+            for part in backbone.parts():
                 part.forward = torch.compile(part.forward, dynamic=False)
         if args.checkpointing:
             recompute_parts(backbone)
@@ -1522,7 +1705,7 @@ class Meter:
     def restart_timing(self):
         self.begin = time.perf_counter()
         self.waiting = 0.0  # seconds, for data
-        self.clips = 0
+        self.clips = 0  # of this process
 
     def next_batch(self):
         begin = time.perf_counter()
@@ -1544,7 +1727,7 @@ class Meter:
             values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-        self.clips += clips * world_size()
+        self.clips += clips
         self.pending = {"names": list(terms), "values": values, "ready": ready,
                         "step": self.state.step, "ids": self.batch.ids}
 
@@ -1583,7 +1766,7 @@ class Meter:
             **numbers,
             "lr": self.state.optimizer.param_groups[0]["lr"],
             "seconds": seconds,
-            "clips_per_s": self.clips / seconds,
+            "clips_per_s": self.clips * world_size() / seconds,
             "waiting_share": self.waiting / seconds,
             "memory_gib": peak_memory(self.device),
             "unreadable": len(names),
@@ -1592,11 +1775,19 @@ class Meter:
     def benchmark(self, count):
         """The steps of --benchmark, then their numbers, as a table and as JSON, and the end."""
         Signals.deferring = False  # nothing is to be saved
-        with FlopCounterMode(display=False) as flops:
+        # Eager: torch would not compile again what has once run under this counter.
+        with FlopCounterMode(display=False) as flops, torch.compiler.set_stance("force_eager"):
             yield self.next_batch()
+        flop = flops.get_total_flops()
+        if self.args.checkpointing:
+            args = self.args
+            _, once = describe_features(args.arch, args.frames, args.size)
+            flop -= self.clips * once  # of the recomputation
         for _ in range(min(5, count)):  # warm-up
             yield self.next_batch()
         self.settle()  # which waits for the GPU
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         self.restart_timing()
         for _ in range(count):
             yield self.next_batch()
@@ -1611,10 +1802,10 @@ class Meter:
         numbers = {
             "videos_per_s": self.batches.share * world_size() / step,
             "ms_per_step": 1000 * step,
-            "clips_per_s": self.clips / count / step,
+            "clips_per_s": self.clips * world_size() / count / step,
             "decode_ms_per_video": 1000 * decode_seconds,
             "waiting_share": waiting_share,
-            "tflop_per_s": flops.get_total_flops() * world_size() / step / 1e12,
+            "tflop_per_s": flop * world_size() / step / 1e12,
             "memory_gib": peak_memory(self.device),
         }
         for key, value in numbers.items():
@@ -1739,8 +1930,10 @@ def map_videos(function, videos, indices, group_size, size, workers, device, tit
         if group and (len(group) == group_size or i == ids[-1]):
             rows.update(zip(group, function(list(group.values())).cpu()))
             group = {}
-    for others, reasons in gather_objects((rows, unreadable)):
-        rows.update(others)
+    # In one tensor a rank: pickling a row for each of 240,000 videos takes half a minute.
+    stacked = torch.stack(list(rows.values())) if rows else ()
+    for numbers, values, reasons in gather_objects((list(rows), stacked, unreadable)):
+        rows.update(zip(numbers, values))
         unreadable.update(reasons)
     return dict(sorted(rows.items())), dict(sorted(unreadable.items()))
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    WEAK, Batches, Meter, Parser, Pool, State, augment, autocast, build_model, command, draw,
+    WEAK, Batches, Meter, Parser, Pool, State, augment_clips, autocast, build_model, command, draw,
     find_checkpoint, labeled_and_all_videos, read_checkpoint, settle_arguments, start, start_from,
     to_input, warm_up)
 
@@ -62,9 +62,8 @@ def finetune(args, saved, labeled, videos, device):
         warm_up(state.optimizer, args.lr, epoch, args.warmup)
         state.net.train()
         for batch in meter.steps(epoch):
-            clips = []
-            for video, key in zip(batch.videos, batch.keys):
-                clips.append(augment(video, args.size, draw(args.seed, *key, 0), **WEAK))
+            rngs = [draw(args.seed, *key, 0) for key in batch.keys]
+            clips = augment_clips(batch.videos, args.size, rngs, **WEAK)
             y = torch.as_tensor(videos.labels[batch.ids]).to(device, non_blocking=True)
             with autocast(args, device):
                 logits = state.net(to_input(clips, model))  # (b, classes)

@@ -13,8 +13,8 @@ from it, too.
 import torch
 
 from common import (
-    Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment, autocast,
-    build_model, command, count_time_steps, distinctive_loss, draw, invariant_loss,
+    Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment_clips, autocast,
+    build_model, command, describe_features, distinctive_loss, draw, invariant_loss,
     measure_similarity, ranged, settle_arguments, start, to_input, training_videos,
     unpooled_distinctive_loss, warm_up)
 
@@ -32,7 +32,7 @@ def main(argv=None):
     args.name = args.name or ("both" if args.invariant_weight else "dist")
     settle_arguments(args, "pretrain")
     n = args.clips
-    time_steps = count_time_steps(args.arch, args.frames, args.size)
+    time_steps, _ = describe_features(args.arch, args.frames, args.size)
     if time_steps % n:
         raise UserError(f"--frames {args.frames} leave {time_steps} time steps in the features of "
                         f"{args.arch}, which L_D2 cannot cut into --clips {n} equal slices")
@@ -53,23 +53,27 @@ def main(argv=None):
         for batch in meter.steps(epoch):
             short = []  # of each video its n clips, under the first augmentation, then the second
             long = []  # of each video the long clip that spans them, in as many frames as one has
+            short_rngs = []
+            long_rngs = []
             for view in (0, 1):
                 for video, key in zip(batch.videos, batch.keys):
+                    short += video.split(args.frames)
+                    long.append(video[::n])
                     rngs = [draw(args.seed, *key, view * (n + 1) + t) for t in range(n + 1)]
-                    for clip, rng in zip(video.split(args.frames), rngs):
-                        short.append(augment(clip, args.size, rng))
-                    long.append(augment(video[::n], args.size, rngs[n]))
+                    short_rngs += rngs[:n]
+                    long_rngs.append(rngs[n])
+            clips = augment_clips(short + long, args.size, short_rngs + long_rngs)
             with autocast(args, device):
-                x = to_input(short + long, embedder.backbone)
+                x = to_input(clips, embedder.backbone)
                 rows = state.net(x, num_long=len(long), slices=n)
             of_clips, of_slices = rows.split([len(short), len(long) * n])
             z, z_aug = of_clips.unflatten(0, (2, -1, n))  # (b, n, 128) each: clips
             g, g_aug = of_slices.unflatten(0, (2, -1, n))  # (b, n, 128) each: slices of long clips
             l_d1 = distinctive_loss(z, z_aug, args.temperature)  # Eq. 3
             l_d2 = 0  # supplement D.2
-            for clips in (z, z_aug):
+            for local in (z, z_aug):
                 for slices in (g, g_aug):
-                    l_d2 = l_d2 + unpooled_distinctive_loss(clips, slices, args.temperature) / 4
+                    l_d2 = l_d2 + unpooled_distinctive_loss(local, slices, args.temperature) / 4
             loss = l_d1 + l_d2
             terms = {"l_d1": l_d1, "l_d2": l_d2}
             if args.invariant_weight:

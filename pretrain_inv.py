@@ -12,7 +12,7 @@ no label. Writes OUT/inv.pt: backbone, projection head, and each video's tempora
 import torch
 
 from common import (
-    Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment, autocast,
+    Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment_clips, autocast,
     build_model, command, draw, invariant_loss, measure_similarity, ranged, settle_arguments, start,
     to_input, training_videos, warm_up)
 
@@ -43,10 +43,13 @@ def main(argv=None):
         warm_up(state.optimizer, args.lr, epoch, args.warmup)
         state.net.train()
         for batch in meter.steps(epoch):
-            clips = []  # n of each video, one behind the other, each with its own augmentation
+            clips = []  # n of each video, one behind the other
+            rngs = []  # each has its own augmentation
             for video, key in zip(batch.videos, batch.keys):
                 for t, clip in enumerate(video.split(args.frames)):
-                    clips.append(augment(clip, args.size, draw(args.seed, *key, t)))
+                    clips.append(clip)
+                    rngs.append(draw(args.seed, *key, t))
+            clips = augment_clips(clips, args.size, rngs)
             with autocast(args, device):
                 z = state.net(to_input(clips, embedder.backbone))  # (own videos * n, 128)
             z = z.unflatten(0, (-1, n))

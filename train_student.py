@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    WEAK, Batches, Meter, Parser, Pool, State, UserError, augment, autocast, build_model,
+    WEAK, Batches, Meter, Parser, Pool, State, UserError, augment_clips, autocast, build_model,
     combine_teachers, command, distillation_loss, draw, find_checkpoint, labeled_and_all_videos,
     load_classifier, paired_similarity, print0, ranged, read_checkpoint, settle_arguments,
     similarity_score, start, start_from, to_input, warm_up)
@@ -76,13 +76,12 @@ def main(argv=None):
         warm_up(state.optimizer, args.lr, epoch, args.warmup)
         state.net.train()
         for batch in meter.steps(epoch):
-            clips = []  # teachers and student see the same augmented clip of each video
-            for video, key in zip(batch.videos, batch.keys):
-                clips.append(augment(video, args.size, draw(args.seed, *key, 0), **WEAK))
-            x = to_input(clips, student)
-            u = len(x) // 2 if teachers else 0  # so many are unlabelled
+            rngs = [draw(args.seed, *key, 0) for key in batch.keys]
+            clips = augment_clips(batch.videos, args.size, rngs, **WEAK)  # teachers see them, too
+            u = len(clips) // 2 if teachers else 0  # so many are unlabelled
             y = torch.as_tensor(videos.labels[batch.ids[u:]]).to(device, non_blocking=True)
             with autocast(args, device):
+                x = to_input(clips, student)
                 logits = state.net(x)
             p_student = logits.float().softmax(1)
             loss = l_sup = F.cross_entropy(logits[u:].float(), y)  # Eq. 4
