@@ -1016,7 +1016,7 @@ def broadcast(value):
     """The first rank's value, on every rank."""
     box = [value]
     if world_size() > 1:
-        dist.broadcast_squarelist(box)
+        dist.broadcast_object_list(box)
     return box[0]
 
 

@@ -28,6 +28,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from fractions import Fraction
@@ -44,7 +45,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.v2 import functional as TF
 
 import common as tb
 import evaluate
@@ -766,6 +769,50 @@ def augmented(clip, *key):
     return tb.augment(clip, 24, tb.draw(0, *key))
 
 
+def one_by_one(clip, size, rng, area=0.3, jitter=0.4, hue=0.1, p_jitter=0.8, p_grey=0.2):
+    """What augment_clips does, for one clip, in torchvision's words."""
+    clip = clip.permute(0, 3, 1, 2)
+    height, width = clip.shape[2:]
+    pixels = rng.uniform(area, 1) * height * width
+    ratio = math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
+    h = min(height, round(math.sqrt(pixels / ratio)))
+    w = min(width, round(math.sqrt(pixels * ratio)))
+    top = int(rng.integers(height - h + 1))
+    left = int(rng.integers(width - w + 1))
+    clip = TF.resized_crop(clip, top, left, h, w, [size, size], antialias=True)
+    if rng.random() < 0.5:
+        clip = TF.horizontal_flip(clip)
+    if rng.random() < p_jitter:
+        changes = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
+        amounts = [*rng.uniform(1 - jitter, 1 + jitter, 3), rng.uniform(-hue, hue)]
+        for k in rng.permutation(4):
+            clip = changes[k](clip, float(amounts[k]))
+    if rng.random() < p_grey:
+        clip = TF.rgb_to_grayscale(clip, num_output_channels=3)
+    return clip
+
+
+def smooth_clips(count):
+    """Clips of several sizes in which neighbouring pixels are alike, as in pictures."""
+    torch.manual_seed(0)
+    clips = []
+    for k in range(count):
+        coarse = torch.randint(256, (4, 3, 5, 7 - k % 2)).float()
+        clip = F.interpolate(coarse, scale_factor=8, mode="bilinear")
+        clips.append(clip.permute(0, 2, 3, 1).to(torch.uint8))
+    return clips
+
+
+class CountedOperations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.fixture
 def still():
     """A clip in which nothing moves."""
@@ -789,6 +836,25 @@ class TestAugmentation:
         for i, a in enumerate(clips):
             assert all(not torch.equal(a, b) for b in clips[:i])
 
+    @pytest.mark.parametrize("strength", [{}, tb.WEAK], ids=["strong", "weak"])
+    def test_clips_together_are_changed_as_each_alone_by_torchvision(self, strength):
+        clips = smooth_clips(60)
+        together = tb.augment_clips(clips, 24, [tb.draw(0, k) for k in range(60)], **strength)
+        for k, clip in enumerate(clips):
+            alone = one_by_one(clip, 24, tb.draw(0, k), **strength)
+            assert (together[k].int() - alone.int()).abs().max() <= 1, k
+
+    def test_a_step_of_400_clips_takes_few_operations(self):
+        """Each starts a kernel on a GPU, from the thread that starts the network's, too."""
+        clip = torch.zeros(16, 40, 56, 3, dtype=torch.uint8)
+        with CountedOperations() as counted:
+            clips = tb.augment_clips([clip] * 400, 32, [tb.draw(0, k) for k in range(400)])
+        assert len(counted.names) <= 2500
+        model = tb.build_model("r3d_tiny", 2)
+        with CountedOperations() as counted:
+            tb.to_input(clips, model)
+        assert len(counted.names) <= 12
+
     def test_centre_crop_takes_its_share_of_the_short_side(self, still):
         crop = tb.centre_crop(still, 20, 0.5)
         assert torch.equal(crop[0], still[0, 10:30, 18:38].permute(2, 0, 1))
@@ -802,6 +868,9 @@ class TestAugmentation:
         expected = (crop.permute(1, 0, 2, 3) / 255 - mean) / std
         assert x.is_contiguous(memory_format=torch.channels_last_3d)
         assert torch.allclose(x[1], expected, atol=1e-6)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = tb.to_input([crop, crop], model)
+        assert torch.equal(inside, x.bfloat16())  # rounded once
 
 
 # ---- Which frames, which labels, which videos in a batch; the toy videos -----------------------
@@ -1010,6 +1079,27 @@ class TestData:
         for batch in three_epochs:
             keys += batch[2]
         assert len(set(keys)) == len(keys)
+
+
+    def test_little_shared_memory_is_told(self, toy, monkeypatch):
+        """In a container of the usual 64 MB a decoding process would end by a bus error."""
+        videos = tb.read_videos("toy", toy, True)
+        args = argparse.Namespace(seed=0, size=224, stride=1, workers=16)
+        pool = tb.Pool(np.arange(24), 24, False)
+        source = tb.Batches(videos, [pool], 64, args, torch.device("cpu"))
+        little = SimpleNamespace(total=64 << 20)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: little)
+        with pytest.warns(UserWarning, match="--shm-size 2g"):
+            source.check_shared_memory(48)
+        little.total = 8 << 30
+        source.check_shared_memory(48)
+
+    def test_the_first_process_alone_writes_the_labelled_list(self, toy, tmp_path, monkeypatch):
+        args = argparse.Namespace(data="ucf101", root=toy, split=1, pool="train", out=tmp_path,
+                                  labeled_list=None, percent=10, subset_seed=0)
+        monkeypatch.setattr(tb, "rank", lambda: 1)
+        tb.labeled_and_all_videos(args)
+        assert not list(tmp_path.iterdir())
 
 
 # ---- The public data sets, as their archives and lists unpack ----------------------------------
@@ -1745,6 +1835,51 @@ class TestEngine:
         most = 1.9 if stage == "student" else 1.2  # teachers go forward only
         assert 0.8 < flops / counted.get_total_flops() < most
 
+    def test_benchmark_times_compiled_code(self, toy, tmp_path, monkeypatch):
+        """Though a counter of operations, which keeps torch from compiling, sees the first step."""
+        calls = []
+        compile = torch.compile
+
+        def backend(graph, _example):
+            calls.append(0)
+            place = len(calls) - 1
+
+            def run(*args):
+                calls[place] += 1
+                return graph(*args)
+            return run
+
+        monkeypatch.setattr(torch, "compile", lambda function, **settings: compile(
+            function, backend=backend, **settings))
+        torch.compiler.reset()
+        run_stage("inv", toy, tmp_path, "--benchmark", 3, "--compile")
+        assert calls == [6] * 5  # a graph for each part; three steps of warm-up, three timed
+
+    def test_benchmark_counts_no_recomputation(self, toy, tmp_path, capsys):
+        flop = []
+        for flags in ([], ["--checkpointing"]):
+            run_stage("inv", toy, tmp_path, "--benchmark", 1, *flags)
+            text = capsys.readouterr().out
+            numbers = json.loads(next(x for x in text.splitlines() if x.startswith("{")))
+            flop.append(numbers["tflop_per_s"] * numbers["ms_per_step"])
+        assert flop[0] == pytest.approx(flop[1])
+
+    def test_every_variant_of_a_block_is_compiled(self, toy, tmp_path, monkeypatch):
+        """slow_r50 has eight, as many as torch compiles of one function by default."""
+        monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)
+        compile = torch.compile
+        graphs = []
+
+        def backend(graph, _example):
+            graphs.append(graph)
+            return graph
+
+        monkeypatch.setattr(torch, "compile", lambda function, **settings: compile(
+            function, backend=backend, **settings))
+        torch.compiler.reset()
+        run_stage("inv", toy, tmp_path, "--benchmark", 1, "--compile", "--arch", "slow_r50")
+        assert len(graphs) == 1 + 8  # the stem, the blocks
+
     @pytest.mark.parametrize("stage", ["inv", "dist", "labeled_only", "student"])
     def test_checkpointing_and_compile_change_nothing(self, stage, chain, toy, tmp_path,
                                                       monkeypatch):
@@ -1990,6 +2125,92 @@ def gradients_of_three_stages(toy, chain, out):
         torch.save(found, f"{out}/found.pt")
 
 
+class OneOfTwo:
+    """A process group of this process, which takes itself for one of two."""
+
+    def __enter__(self):
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(tb, "world_size", lambda: 2)
+
+    def __exit__(self, *_):
+        self.patch.undo()
+        torch.distributed.destroy_process_group()
+
+
+def normalised(norm, x, gradient):
+    """What a BatchNorm makes of x, with all gradients and buffers."""
+    norm = copy.deepcopy(norm)
+    x = x.detach().requires_grad_()
+    y = tb.batch_norm(norm, x) if norm.own else norm(x)
+    y.backward(gradient)
+    return [y.detach(), x.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def to_normalise(request):
+    """A BatchNorm3d, an input and a gradient."""
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm3d(8)
+    torch.nn.init.uniform_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = 2 * torch.randn(6, 8, 4, 5, 7) + 1
+    x = x.to(request.param, memory_format=torch.channels_last_3d)
+    return norm, x, torch.randn_like(x)
+
+
+class TestBatchNorm:
+    @pytest.mark.parametrize("training", [True, False])
+    def test_alone_it_is_torch_s(self, to_normalise, training):
+        norm, x, gradient = to_normalise
+        norm.train(training)
+        norm.own = False
+        expected = normalised(norm, x, gradient)
+        norm.own = True
+        for a, b in zip(normalised(norm, x, gradient), expected, strict=True):
+            assert torch.equal(a, b) and a.stride() == b.stride()
+
+    def test_of_several_processes_it_normalises_as_torch_s(self, to_normalise):
+        """A process whose twin has the same videos gets what it would get alone: the sums of both
+        are twice its own, for twice the count."""
+        norm, x, gradient = to_normalise
+        norm.own = False
+        expected = normalised(norm, x, gradient)
+        norm.own = True
+        with OneOfTwo(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.distributed, "all_reduce", lambda sums: sums.mul_(2))
+            found = normalised(norm, x, gradient)
+        atol = 1e-5 if x.dtype == torch.float32 else 0.02
+        for a, b in zip(found[:-2], expected[:-2], strict=True):
+            scale = float(b.abs().max())
+            assert torch.allclose(a.float(), b.float(), atol=atol * (1 + scale)), (a, b)
+
+    def test_it_never_stops_the_host(self, to_normalise):
+        norm, x, gradient = to_normalise
+        norm.own = True
+        with OneOfTwo(), CountedOperations() as counted:
+            normalised(norm, x, gradient)
+        assert len(counted.names) > 10
+        for stops in ("_local_scalar_dense", "nonzero", "masked_select", "unique"):
+            assert not any(stops in name for name in counted.names), stops
+
+    def test_it_breaks_no_graph(self):
+        norm = torch.nn.BatchNorm3d(8)
+        graphs = []
+
+        def backend(graph, _example):
+            graphs.append(graph)
+            return graph
+
+        with OneOfTwo():
+            torch.compiler.reset()
+            function = torch.compile(functools.partial(tb.batch_norm, norm), backend=backend,
+                                     fullgraph=True)
+            function(torch.randn(2, 8, 4, 5, 5, requires_grad=True)).sum().backward()
+        assert len(graphs) == 1
+
+
 def torchrun(script, *argv, flags=(), interrupt=lambda: False):
     """Run a script in two processes; send Ctrl-C to all of them, as a terminal does, as soon as
     interrupt() says so."""
@@ -2067,6 +2288,47 @@ class TestTorchrun:
         assert again.returncode == 0, again.stderr[-3000:]
         assert same(load(whole.out, "inv")["model"], load(killed.out, "inv")["model"])
         assert len(read_log(killed.out, "inv")) == 3
+
+    def test_two_nodes_join_again_after_a_restart(self, whole, toy, tmp_path):
+        """Only the node that failed counts a restart; yet all processes must find each other."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        argv = map(str, ["signalled", "step", 9, int(signal.SIGKILL), "pretrain_inv",
+                         *stage_argv("inv", toy, tmp_path)])
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
+                    "--nproc-per-node=1", "--max-restarts=2", "--rdzv-backend=c10d",
+                    f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=two", __file__, *argv]
+        nodes = [subprocess.Popen(launcher, cwd=HERE, text=True, stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.PIPE, start_new_session=True)
+                 for _ in range(2)]
+        try:
+            errors = [node.communicate(timeout=150)[1] for node in nodes]
+        finally:
+            for node in nodes:
+                node.kill()
+        assert [node.returncode for node in nodes] == [0, 0], errors
+        assert any("exitcode" in error or "SIGKILL" in error for error in errors), errors
+        assert same(load(whole.out, "inv")["model"], load(tmp_path, "inv")["model"])
+
+    def test_processes_agree_on_a_prefix_though_one_died_while_joining(self):
+        store = torch.distributed.HashStore()
+        store.set("asks/2", "of one that died before it was answered")
+        prefixes = []
+        for _ in range(2):  # a start, and a restart on the same store
+            found = {}
+
+            def join(place):
+                found[place] = tb.agree_on_prefix(store, place, 3)
+
+            threads = [threading.Thread(target=join, args=[k], daemon=True) for k in range(3)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(20)
+            assert sorted(found) == [0, 1, 2] and len(set(found.values())) == 1
+            prefixes.append(found[0])
+        assert prefixes[0] != prefixes[1]
 
     def test_ctrl_c_saves_and_the_same_command_goes_on(self, toy, tmp_path):
         flags = ["--epochs", 12]
