@@ -195,16 +195,23 @@ def combine_teachers(p_inv, p_dist, score):
 
 # ---- Models --------------------------------------------------------------------------------------
 class Backbone(nn.Module):
-    """What both networks share: their parts() one after the other make the features."""
+    """What both networks share: their parts() one after the other, each followed by ReLU, make the
+    features.
+
+    recomputed: how many of the first parts recompute_parts recomputes, and how many of these it
+    recomputes twice."""
 
     def parts(self):
-        """The stem and the residual blocks, in order."""
+        """The stem and the residual blocks, in order, without their last ReLU.
+
+        ReLU keeps its output for the backward pass. Outside of the parts that is the tensor which
+        the next part keeps as its input; a recomputed part would make it a second time."""
         raise NotImplementedError
 
     def features(self, x):
         """(B, 3, T, H, W) -> (B, D, T'), pooled over space only."""
         for part in self.parts():
-            x = part(x)
+            x = F.relu(part(x))
         return x.mean((3, 4))
 
     def initialise(self, mean, std):
@@ -238,10 +245,12 @@ class R3D(Backbone):
             blocks = [BasicBlock(dim_in, dim_out, Conv3DSimple, stride, shortcut)]
             for _ in range(depth - 1):
                 blocks.append(BasicBlock(dim_out, dim_out, Conv3DSimple))
+            for block in blocks:
+                block.relu = nn.Identity()  # features() has it
             return nn.Sequential(*blocks)
 
         stem = nn.Conv3d(3, width, (3, 7, 7), (1, 2, 2), (1, 3, 3), bias=False)
-        self.stem = nn.Sequential(stem, nn.BatchNorm3d(width), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(stem, nn.BatchNorm3d(width))
         self.layer1 = layer(width, width, 1)
         self.layer2 = layer(width, 2 * width, 2)
         self.layer3 = layer(2 * width, 4 * width, 2)
@@ -251,6 +260,7 @@ class R3D(Backbone):
         conv.stride = (1, 2, 2)
         conv.dilation = conv.padding = (2, 1, 1)
         self.layer4[0].downsample[0].stride = (1, 2, 2)
+        self.recomputed = 1 + depth, depth  # layer1's activations are four times the others'
         self.initialise(mean=(0.43216, 0.394666, 0.37645), std=(0.22803, 0.22145, 0.216989))
 
     def parts(self):
@@ -285,7 +295,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x):
         shortcut = x if self.branch1_conv is None else self.branch1_norm(self.branch1_conv(x))
-        return F.relu(shortcut + self.branch2(x))
+        return shortcut + self.branch2(x)  # features() has the ReLU
 
 
 class SlowR50(Backbone):
@@ -299,8 +309,7 @@ class SlowR50(Backbone):
         stem = nn.Sequential(OrderedDict(
             conv=nn.Conv3d(3, 64, (1, 7, 7), (1, 2, 2), (0, 3, 3), bias=False),
             norm=nn.BatchNorm3d(64),
-            activation=nn.ReLU(inplace=True),
-            pool=nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))))
+            pool=nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))))  # ReLU behind it is the same
         stages = []
         dim_in = 64
         for depth, inner, kernel, stride in [(3, 64, 1, 1), (4, 128, 1, 2), (6, 256, 3, 2),
@@ -313,6 +322,7 @@ class SlowR50(Backbone):
         head = nn.Sequential(OrderedDict(
             dropout=nn.Dropout(0.5), proj=nn.Linear(dim_in, num_classes)))
         self.blocks = nn.Sequential(stem, *stages, head)
+        self.recomputed = 16, 3
         self.initialise(mean=(0.45, 0.45, 0.45), std=(0.225, 0.225, 0.225))
 
     def parts(self):
@@ -343,12 +353,20 @@ def build_model(arch, num_classes):
     return ARCHS[arch](num_classes)
 
 
-def describe_features(arch, frames, size):
-    """Of the features of one clip: T', their time steps, and the FLOP that they take."""
-    with torch.device("meta"), FlopCounterMode(display=False) as flops:  # computes shapes alone
-        clip = torch.empty(1, 3, frames, size, size)
-        time_steps = build_model(arch, 1).features(clip).shape[2]
-    return time_steps, flops.get_total_flops()
+def count_time_steps(arch, frames, size):
+    """T', the time steps in the features of a clip."""
+    with torch.device("meta"):  # computes shapes alone
+        return build_model(arch, 1).features(torch.empty(1, 3, frames, size, size)).shape[2]
+
+
+def count_flop(arch, frames, size):
+    """The FLOP that a clip takes: forward, and backward."""
+    with torch.device("meta"):
+        with FlopCounterMode(display=False) as forward:
+            logits = build_model(arch, 1)(torch.empty(1, 3, frames, size, size))
+        with FlopCounterMode(display=False) as backward:
+            logits.sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
 
 
 class ProjectionHead(nn.Sequential):
@@ -421,23 +439,34 @@ def load_backbone(model, saved):
 
 
 def recompute_parts(backbone):
-    """Recompute each residual block in the backward pass: memory for one block's inside instead of
-    all (activation checkpointing, --checkpointing)."""
+    """Recompute parts in the backward pass (activation checkpointing, --checkpointing): of each it
+    keeps the input until then, and not even that of the very first, whose activations are the
+    largest: these are recomputed together, to have the input of each, then one by one."""
     @contextlib.contextmanager
-    def without_statistics(part):  # the first pass has updated BatchNorm's, the second must not
-        before = [buffer.clone() for buffer in part.buffers()]
+    def without_statistics(module):  # the first pass has updated BatchNorm's, no other must
+        before = [buffer.clone() for buffer in module.buffers()]
         try:
             yield
-        finally:  # torch leaves the second pass by an exception, as soon as it has what it needs
-            for buffer, value in zip(part.buffers(), before):
+        finally:  # torch leaves a second pass by an exception, as soon as it has what it needs
+            for buffer, value in zip(module.buffers(), before):
                 buffer.data.copy_(value)  # .data: autograd has saved them and need not know
 
-    for part in backbone.parts():
-        def contexts(part=part):
-            return contextlib.nullcontext(), without_statistics(part)
+    def recompute_inside(module):
+        def contexts():
+            return contextlib.nullcontext(), without_statistics(module)
 
-        part.forward = functools.partial(
-            recompute, part.forward, use_reentrant=False, context_fn=contexts)
+        module.forward = functools.partial(
+            recompute, module.forward, use_reentrant=False, context_fn=contexts)
+
+    once, twice = backbone.recomputed
+    parts = backbone.parts()
+    for part in parts[:once]:
+        recompute_inside(part)
+    first = nn.Sequential(parts[0])
+    for part in parts[1:twice]:
+        first.extend([nn.ReLU(), part])
+    recompute_inside(first)
+    backbone.parts = lambda: [first, *parts[twice:]]
 
 
 # ---- Decoding: exact frames of real files --------------------------------------------------------
@@ -692,7 +721,9 @@ def to_input(clips, model):
     if not torch.is_tensor(clips):
         clips = torch.stack(clips)
     kind = clips.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    dtype = model.mean.dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
     clips = clips.transpose(1, 2)
     x = torch.empty(clips.shape, dtype=dtype, device=clips.device,
                     memory_format=torch.channels_last_3d)
@@ -956,8 +987,8 @@ class SynchronisedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
         dims = [0, *range(2, x.ndim)]
-        norm = torch.linalg.vector_norm(x, dim=dims, dtype=torch.float32)
-        sums = torch.stack([x.sum(dims, dtype=torch.float32), norm.square()])
+        norm = torch.linalg.vector_norm(x, dim=dims, dtype=weight.dtype)  # float32 for bf16, too
+        sums = torch.stack([x.sum(dims, dtype=weight.dtype), norm.square()])
         dist.all_reduce(sums)
         ctx.count = x.numel() // x.shape[1] * world_size()
         mean, square = sums / ctx.count
@@ -1775,14 +1806,6 @@ class Meter:
     def benchmark(self, count):
         """The steps of --benchmark, then their numbers, as a table and as JSON, and the end."""
         Signals.deferring = False  # nothing is to be saved
-        # Eager: torch would not compile again what has once run under this counter.
-        with FlopCounterMode(display=False) as flops, torch.compiler.set_stance("force_eager"):
-            yield self.next_batch()
-        flop = flops.get_total_flops()
-        if self.args.checkpointing:
-            args = self.args
-            _, once = describe_features(args.arch, args.frames, args.size)
-            flop -= self.clips * once  # of the recomputation
         for _ in range(min(5, count)):  # warm-up
             yield self.next_batch()
         self.settle()  # which waits for the GPU
@@ -1794,6 +1817,10 @@ class Meter:
         self.settle()
         step = (time.perf_counter() - self.begin) / count
         waiting_share = self.waiting / count / step
+        # On paper, so that it neither counts what is recomputed nor disturbs what is compiled.
+        forward, backward = count_flop(self.args.arch, self.args.frames, self.args.size)
+        teachers = [name for name in getattr(self.args, "teachers", ()) if name != "none"]
+        flop = self.clips / count * (forward + backward + len(teachers) * forward)
         keys = self.batch.keys[:16]
         begin = time.perf_counter()
         for key in keys:

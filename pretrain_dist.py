@@ -14,7 +14,7 @@ import torch
 
 from common import (
     Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment_clips, autocast,
-    build_model, command, describe_features, distinctive_loss, draw, invariant_loss,
+    build_model, command, count_time_steps, distinctive_loss, draw, invariant_loss,
     measure_similarity, ranged, settle_arguments, start, to_input, training_videos,
     unpooled_distinctive_loss, warm_up)
 
@@ -32,7 +32,7 @@ def main(argv=None):
     args.name = args.name or ("both" if args.invariant_weight else "dist")
     settle_arguments(args, "pretrain")
     n = args.clips
-    time_steps, _ = describe_features(args.arch, args.frames, args.size)
+    time_steps = count_time_steps(args.arch, args.frames, args.size)
     if time_steps % n:
         raise UserError(f"--frames {args.frames} leave {time_steps} time steps in the features of "
                         f"{args.arch}, which L_D2 cannot cut into --clips {n} equal slices")
