@@ -2452,6 +2452,140 @@ class TestTorchrun:
         assert "--batch 5 cannot be shared among 2 processes" in odd.stderr
 
 
+# ---- On a GPU ----------------------------------------------------------------------------------
+
+ON_GPU = ["--device", "cuda"]
+
+
+def on_both(function, *tensors):
+    """A function's value and gradients on the CPU, and on the GPU in float32 and in bfloat16."""
+    found = []
+    for device, dtype in [("cpu", torch.float32), ("cuda", torch.float32),
+                          ("cuda", torch.bfloat16)]:
+        leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
+        value = function(*leaves)
+        value.backward()
+        found.append([t.float().cpu() for t in (value.detach(), *(x.grad for x in leaves))])
+    return found
+
+
+@pytest.fixture(scope="class")
+def exact_convolutions():
+    """Without the tensor cores' shorter mantissa."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        yield
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.usefixtures("exact_convolutions")
+class TestCuda:
+    @pytest.mark.parametrize("loss, count", [
+        (tb.invariant_loss, 1), (tb.distinctive_loss, 2), (tb.unpooled_distinctive_loss, 2)])
+    def test_losses_are_the_cpu_s(self, loss, count):
+        torch.manual_seed(0)
+        cpu, gpu, short = on_both(loss, *torch.randn(count, 8, 4, 128))
+        for a, b, c in zip(cpu, gpu, short):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+            assert torch.allclose(a, c, rtol=0.05, atol=0.02)
+
+    @pytest.mark.parametrize("arch", ["r3d_tiny", "r3d_18", "slow_r50"])
+    def test_networks_are_the_cpu_s(self, arch):
+        torch.manual_seed(0)
+        model = network(arch).eval()
+        x = torch.randn(2, 3, 16, 64, 64).to(memory_format=torch.channels_last_3d)
+        with torch.no_grad():
+            expected = model(x)
+            gpu = copy.deepcopy(model).cuda().to(memory_format=torch.channels_last_3d)
+            found = gpu(x.cuda()).cpu()
+            with torch.autocast("cuda", torch.bfloat16):
+                short = gpu(x.cuda()).float().cpu()
+        scale = float(expected.abs().max())
+        assert torch.allclose(found, expected, atol=1e-3 * scale)
+        assert torch.allclose(short, expected, atol=0.1 * scale)
+
+    def test_augmentation_is_the_cpu_s(self):
+        clips = smooth_clips(60)
+        cpu = tb.augment_clips(clips, 24, [tb.draw(0, k) for k in range(60)])
+        gpu = tb.augment_clips([clip.cuda() for clip in clips], 24,
+                               [tb.draw(0, k) for k in range(60)]).cpu()
+        difference = (cpu.int() - gpu.int()).abs()
+        assert difference.float().mean() < 0.5 and difference.max() <= 8
+
+    @pytest.mark.parametrize("flags", [[], ["--checkpointing"], ["--compile"]])
+    @pytest.mark.parametrize("stage", ["inv", "dist", "labeled_only", "student"])
+    def test_a_step_is_the_cpu_s(self, stage, flags, chain, toy, tmp_path):
+        earlier_checkpoints(chain, tmp_path, stage)
+        flags = [*flags, "--size", 32]  # in float32 a ReLU of a smaller network may flip
+        cpu_terms, _, _ = one_step(stage, toy, tmp_path, "--restart", "--size", 32)
+        terms, gradients, _ = one_step(stage, toy, tmp_path, "--restart", *flags, *ON_GPU)
+        for name, value in cpu_terms.items():
+            assert torch.allclose(value, terms[name], rtol=0.02, atol=0.02), name
+        assert all(g.is_cuda and g.isfinite().all() for g in gradients.values())
+
+    def test_a_step_never_waits_for_the_gpu(self, toy, tmp_path, monkeypatch):
+        """From the batch to the update: what stops the host raises."""
+        next_batch = tb.Meter.next_batch
+        update = tb.State.update
+        steps = []
+
+        def watched(meter):
+            batch = next_batch(meter)
+            torch.cuda.set_sync_debug_mode("error" if steps else "default")  # not the first
+            return batch
+
+        def unwatched(state, loss):
+            update(state, loss)
+            torch.cuda.set_sync_debug_mode("default")
+            steps.append(1)
+
+        monkeypatch.setattr(tb.Meter, "next_batch", watched)
+        monkeypatch.setattr(tb.State, "update", unwatched)
+        run_stage("dist", toy, tmp_path, *ON_GPU)
+        assert len(steps) == 12
+
+    def test_dilated_convolution_is_cudnn_s(self):
+        model = tb.build_model("r3d_18", 2).cuda().to(memory_format=torch.channels_last_3d)
+        x = torch.randn(2, 3, 16, 64, 64, device="cuda")
+        with torch.profiler.profile() as profile, torch.autocast("cuda", torch.bfloat16):
+            model(x.to(memory_format=torch.channels_last_3d)).sum().backward()
+        assert not any("slow_conv_dilated" in event.key for event in profile.key_averages())
+
+    def test_more_than_2_to_the_31_elements(self):
+        """As in a step of over 167 clips of 16 x 224 x 224."""
+        n = 176
+        x = torch.randn(1, 64, 16, 112, 112, device="cuda", dtype=torch.bfloat16)
+        x = x.repeat(n, 1, 1, 1, 1).to(memory_format=torch.channels_last_3d)
+        x *= torch.linspace(0.5, 2, n, device="cuda", dtype=torch.bfloat16).view(n, 1, 1, 1, 1)
+        assert x.numel() > 2**31
+        norm = torch.nn.BatchNorm3d(64).cuda().eval()
+        layers = {
+            "convolution": torch.nn.Conv3d(64, 64, 3, padding=1, bias=False).cuda().bfloat16(),
+            "pooling": torch.nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
+            "normalisation": functools.partial(tb.batch_norm, norm),
+        }
+        for name, layer in layers.items():
+            with torch.no_grad():
+                whole = layer(x)
+                for some in (slice(0, 2), slice(n - 2, n)):
+                    assert torch.allclose(whole[some], layer(x[some]), atol=0.05), name
+                del whole
+
+    def test_chain_goes_on_under_nccl(self, toy, tmp_path):
+        """With two GPUs each stage is interrupted first."""
+        processes = min(2, torch.cuda.device_count())
+        launch = functools.partial(torchrun, flags=[f"--nproc-per-node={processes}"])
+        for stage, program in [("inv", "pretrain_inv"), ("dist", "pretrain_dist"),
+                               ("ft", "finetune"), ("student", "train_student")]:
+            argv = stage_argv(stage, toy, tmp_path, *ON_GPU)
+            stopped = launch(__file__, "signalled", "step", 3, int(signal.SIGTERM), program, *argv)
+            assert processes == 1 or stopped.returncode != 0
+            done = launch(f"{program}.py", *argv)
+            assert done.returncode == 0, done.stderr[-3000:]
+        evaluate.main([str(tmp_path), *EVALUATE, *ON_GPU])
+        assert len(read_results(tmp_path)) == 3
+
+
 # ---- Mistakes of the user's: one line, exit status 2 -------------------------------------------
 
 @pytest.fixture
