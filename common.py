@@ -9,6 +9,7 @@ a run of many days needs: it knows of ranks, checkpoints and command lines."""
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import hashlib
 import itertools
@@ -28,6 +29,10 @@ import zipfile
 from collections import Counter, OrderedDict, namedtuple
 from datetime import timedelta
 from pathlib import Path
+
+# Read when torch is loaded, hence before it, here and in the scripts. A thread that waits for
+# another one is to sleep: if it spins, each busy neighbour makes a step many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import av
 import numpy as np
@@ -1329,6 +1334,10 @@ def start(parser, argv):
     args = parser.parse_args(argv)
     if parser.stage and args.out is None:  # it is needed first, for the checkpoints are read there
         args.out = f"runs/{args.data or 'toy'}"
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        # glibc gives large blocks back and faults them in again in each step: it is to keep them.
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device("cpu")
@@ -2024,6 +2033,7 @@ def defaults(data, stage):
         "pool": "train",
         "percent": {"ucf101": 5, "hmdb51": 40, "toy": 6}.get(data, 10),
         "subset_seed": 0,
+        "seed": 0,
         "clips": 4,
         "frames": 16 if ssl else 8,
         "stride": 1 if ssl else 2,
@@ -2125,52 +2135,57 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=formatter)
         self.stage = stage
         self.groups = {}
-        if stage:
-            self.add_shared_flags()
-        self.add("run", "--workers", "decoding processes (default: its share of the cores)",
-                 type=ranged(int, 0), metavar="N")
-        self.add("run", "--device", "default: cuda where there is a GPU", choices=("cpu", "cuda"))
-        self.add("run", "--precision", "default: bf16 autocast where the hardware has it",
-                 choices=("bf16", "fp32"))
-
-    def add_shared_flags(self):
-        def add_count(group, name, text, least=1, metavar="N"):
-            self.add(group, name, text, type=ranged(int, least), metavar=metavar)
-
-        add = self.add
-        add("data", "--data", "data set; toy is rendered where it is missing (default toy)",
-            choices=DATA_SETS)
-        add("data", "--root", "its folder (default data/<data>)", metavar="DIR")
-        add("data", "--split", "official split of ucf101 and hmdb51", type=int, choices=(1, 2, 3))
-        add("data", "--pool", "hmdb51's training videos: the split's, or all but test's",
-            choices=("train", "all"))
-        if self.stage == "pretrain":
-            add_count("clips", "--clips", "consecutive clips per video, n", 2)
-        else:
-            add("data", "--percent", "%% of each class with a label",
-                type=ranged(float, 1e-3, 100), metavar="P")
-            add("data", "--labeled-list", "read the labelled videos from a published list instead",
-                metavar="FILE")
-            add_count("data", "--subset-seed", "draws which P percent", 0)
-        add_count("clips", "--frames", "frames per clip")
-        add_count("clips", "--stride", "frames from one to the next")
-        add_count("clips", "--size", "side of the square that the network sees", 16, "PIXELS")
-        add("model", "--arch", "network", choices=ARCHS)
-        add_count("training", "--epochs", "passes over the videos")
-        add_count("training", "--batch", "videos per step, over all processes", metavar="VIDEOS")
-        add("training", "--lr", "Adam's learning rate", type=ranged(float, 0), metavar="X")
-        add_count("training", "--warmup", "epochs in which it rises linearly", 0, "EPOCHS")
-        add_count("training", "--patience", "epochs without a lower loss before it halves", 0)
-        add("run", "--out", "folder of checkpoints and logs (default runs/<data>)", metavar="DIR")
-        add("run", "--seed", "of weights, order and augmentation", type=ranged(int, 0), default=0,
-            metavar="N")
-        add("run", "--checkpointing", "recompute activations: less memory, a third more time",
-            action="store_true")
-        add("run", "--compile", "torch.compile: slow to start, then faster on GPUs",
-            action="store_true")
-        add("run", "--restart", "begin again, even where there is a checkpoint",
-            action="store_true")
-        add_count("run", "--benchmark", "time so many steps, write no checkpoint")
+        count = ranged(int, 1)
+        from_0 = ranged(int, 0)
+        flags = [  # group, flag, its help, its type or its choices (None: it takes no value), unit
+            ("data", "--data", "data set; toy is rendered where it is missing (default toy)",
+             DATA_SETS, None),
+            ("data", "--root", "its folder (default data/<data>)", str, "DIR"),
+            ("data", "--split", "official split of ucf101 and hmdb51", ranged(int, 1, 3), "N"),
+            ("data", "--pool", "hmdb51's training videos: the split's, or all but test's",
+             ("train", "all"), None),
+            ("data", "--percent", "%% of each class with a label", ranged(float, 1e-3, 100), "P"),
+            ("data", "--labeled-list", "read the labelled videos from a published list instead",
+             str, "FILE"),
+            ("data", "--subset-seed", "draws which P percent", from_0, "N"),
+            ("clips", "--clips", "consecutive clips per video, n", ranged(int, 2), "N"),
+            ("clips", "--frames", "frames per clip", count, "N"),
+            ("clips", "--stride", "frames from one to the next", count, "N"),
+            ("clips", "--size", "side of the square that the network sees", ranged(int, 16),
+             "PIXELS"),
+            ("model", "--arch", "network", tuple(ARCHS), None),
+            ("training", "--epochs", "passes over the videos", count, "N"),
+            ("training", "--batch", "videos per step, over all processes", count, "VIDEOS"),
+            ("training", "--lr", "Adam's learning rate", ranged(float, 0), "X"),
+            ("training", "--warmup", "epochs in which it rises linearly", from_0, "EPOCHS"),
+            ("training", "--patience", "epochs without a lower loss before it halves", from_0,
+             "EPOCHS"),
+            ("run", "--out", "folder of checkpoints and logs (default runs/<data>)", str, "DIR"),
+            ("run", "--seed", "of weights, order and augmentation (default 0)", from_0, "N"),
+            ("run", "--checkpointing", "recompute activations: less memory, up to a third more "
+             "time", None, None),
+            ("run", "--compile", "torch.compile: slow to start, then faster on GPUs", None, None),
+            ("run", "--restart", "begin again, even where there is a checkpoint", None, None),
+            ("run", "--benchmark", "time so many steps, write no checkpoint", count, "N"),
+            ("run", "--workers", "decoding processes (default: its share of the cores)", from_0,
+             "N"),
+            ("run", "--device", "default: cuda where there is a GPU", ("cpu", "cuda"), None),
+            ("run", "--precision", "default: bf16 autocast where the hardware has it",
+             ("bf16", "fp32"), None),
+        ]
+        not_here = {"pretrain": {"--percent", "--labeled-list", "--subset-seed"},
+                    "finetune": {"--clips"}, "student": {"--clips"}}
+        for group, name, text, kind, unit in flags:
+            if not stage and name not in ("--workers", "--device", "--precision"):
+                continue
+            if name in not_here.get(stage, ()):
+                continue
+            if kind is None:
+                self.add(group, name, text, action="store_true")
+            elif isinstance(kind, tuple):
+                self.add(group, name, text, choices=kind)
+            else:
+                self.add(group, name, text, type=kind, metavar=unit)
 
     def add(self, group, name, text, **settings):
         """Add a flag (or, without dashes, an argument) to a group, with its default in the help."""

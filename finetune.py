@@ -12,13 +12,13 @@ trains the labelled-only baseline instead, from random weights: OUT/labeled_only
 
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
 from common import (
     WEAK, Batches, Meter, Parser, Pool, State, augment_clips, autocast, build_model, command, draw,
     find_checkpoint, labeled_and_all_videos, read_checkpoint, settle_arguments, start, start_from,
-    to_input, warm_up)
+    to_input, warm_up)  # before torch: see there
+
+import torch
+import torch.nn.functional as F
 
 
 @command

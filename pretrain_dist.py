@@ -10,13 +10,13 @@ from it, too.
     python pretrain_dist.py --invariant-weight 1    # L_D + L_I: the paper's student start, both.pt
 """
 
-import torch
-
 from common import (
     Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment_clips, autocast,
     build_model, command, count_time_steps, distinctive_loss, draw, invariant_loss,
     measure_similarity, ranged, settle_arguments, start, to_input, training_videos,
-    unpooled_distinctive_loss, warm_up)
+    unpooled_distinctive_loss, warm_up)  # before torch: see there
+
+import torch
 
 
 @command

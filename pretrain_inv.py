@@ -9,12 +9,12 @@ no label. Writes OUT/inv.pt: backbone, projection head, and each video's tempora
     torchrun --nproc-per-node 4 pretrain_inv.py --data ucf101    # four GPUs, 40 videos in all
 """
 
-import torch
-
 from common import (
     Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment_clips, autocast,
     build_model, command, draw, invariant_loss, measure_similarity, ranged, settle_arguments, start,
-    to_input, training_videos, warm_up)
+    to_input, training_videos, warm_up)  # before torch: see there
+
+import torch
 
 
 @command

@@ -11,15 +11,15 @@ labelled videos, and OUT/dist.pt, from which the student starts. Writes OUT/stud
                                      # the control: labels alone, for as many steps as the student
 """
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-
 from common import (
     WEAK, Batches, Meter, Parser, Pool, State, UserError, augment_clips, autocast, build_model,
     combine_teachers, command, distillation_loss, draw, find_checkpoint, labeled_and_all_videos,
     load_classifier, paired_similarity, print0, ranged, read_checkpoint, settle_arguments,
-    similarity_score, start, start_from, to_input, warm_up)
+    similarity_score, start, start_from, to_input, warm_up)  # before torch: see there
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 
 
 @command
