@@ -2235,7 +2235,8 @@ class TestResume:
 # ---- Two processes -----------------------------------------------------------------------------
 
 def gradients_of_three_stages(toy, chain, out):
-    """In one of several processes, or alone: save the loss terms and gradients of first steps."""
+    """In one of several processes, or alone: save loss terms, gradients and statistics of first
+    steps."""
     # In float64, for in float32 the order of a sum can turn a ReLU on or off.
     torch.set_default_dtype(torch.float64)
     teachers = [f"{chain}/inv_ft.pt", f"{chain}/dist_ft.pt"]
@@ -2244,7 +2245,8 @@ def gradients_of_three_stages(toy, chain, out):
                          ("student", ["--pretrained", chain, "--teachers", *teachers])]:
         # a new process group each
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-        terms, gradients, _ = one_step(stage, toy, out, *flags)
+        terms, gradients, buffers = one_step(stage, toy, out, *flags)
+        found |= {f"{stage}.{name}": b for name, b in buffers.items() if "running" in name}
         found[f"{stage}.losses"] = torch.stack(list(terms.values()))
         found |= {f"{stage}.{name}": gradient for name, gradient in gradients.items()}
         if torch.distributed.is_initialized():
