@@ -1024,7 +1024,9 @@ def batch_norm(module, x):
     """forward of nn.BatchNorm1d to 3d, over all ranks in training, and in 4 dimensions: for 5 torch
     has no channels_last kernels in bfloat16."""
     flat = x.flatten(2, 3) if x.ndim == 5 else x  # a view
-    mean, var, momentum = module.running_mean, module.running_var, module.momentum
+    mean = module.running_mean
+    var = module.running_var
+    momentum = module.momentum
     if module.training:
         module.num_batches_tracked.add_(1)
     if module.training and world_size() > 1:

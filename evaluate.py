@@ -23,7 +23,7 @@ from common import (
     Parser, UserError, Videos, autocast, centre_crop, command, decode_frames, load_classifier,
     map_videos, paired_similarity, print0, ranged, rank, read_checkpoint, read_videos,
     settle_arguments, similarity_score, spaced_clips, start, to_input, walk_videos,
-    write_atomically)  # before torch: see there
+    write_atomically)  # before torch: see its imports
 
 import numpy as np
 import torch

@@ -15,7 +15,7 @@ from pathlib import Path
 from common import (
     WEAK, Batches, Meter, Parser, Pool, State, augment_clips, autocast, build_model, command, draw,
     find_checkpoint, labeled_and_all_videos, read_checkpoint, settle_arguments, start, start_from,
-    to_input, warm_up)  # before torch: see there
+    to_input, warm_up)  # before torch: see its imports
 
 import torch
 import torch.nn.functional as F

@@ -14,7 +14,7 @@ from common import (
     Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment_clips, autocast,
     build_model, command, count_time_steps, distinctive_loss, draw, invariant_loss,
     measure_similarity, ranged, settle_arguments, start, to_input, training_videos,
-    unpooled_distinctive_loss, warm_up)  # before torch: see there
+    unpooled_distinctive_loss, warm_up)  # before torch: see its imports
 
 import torch
 

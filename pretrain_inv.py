@@ -12,7 +12,7 @@ no label. Writes OUT/inv.pt: backbone, projection head, and each video's tempora
 from common import (
     Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment_clips, autocast,
     build_model, command, draw, invariant_loss, measure_similarity, ranged, settle_arguments, start,
-    to_input, training_videos, warm_up)  # before torch: see there
+    to_input, training_videos, warm_up)  # before torch: see its imports
 
 import torch
 

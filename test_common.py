@@ -1836,6 +1836,23 @@ class TestEvaluation:
     def test_figures_lie_in_the_first_folder_alone(self, reported):
         assert not list((reported.folder / "b").glob("*.png"))
 
+    def test_each_checkpoint_is_read_once_and_no_optimiser(self, chain, tmp_path, monkeypatch):
+        for name in "ab":
+            shutil.copytree(chain, tmp_path / name)
+        read = []
+        load_file = torch.load
+
+        def noted(path, **settings):
+            read.append(path)
+            return load_file(path, **settings)
+
+        monkeypatch.setattr(torch, "load", noted)
+        report(tmp_path)
+        monkeypatch.undo()
+        # the first is for report(), which looks up the names of the classes
+        assert sorted(read[1:]) == sorted(tmp_path.glob("*/*.pt"))
+        assert "optimizer" not in tb.read_checkpoint(chain / "student.pt")
+
     def test_figures_need_teachers_whose_similarity_is_known(self, chain, tmp_path, capsys):
         for name in "ab":
             shutil.copytree(chain, tmp_path / name)

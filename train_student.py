@@ -15,7 +15,7 @@ from common import (
     WEAK, Batches, Meter, Parser, Pool, State, UserError, augment_clips, autocast, build_model,
     combine_teachers, command, distillation_loss, draw, find_checkpoint, labeled_and_all_videos,
     load_classifier, paired_similarity, print0, ranged, read_checkpoint, settle_arguments,
-    similarity_score, start, start_from, to_input, warm_up)  # before torch: see there
+    similarity_score, start, start_from, to_input, warm_up)  # before torch: see its imports
 
 import numpy as np
 import torch
