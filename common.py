@@ -1622,7 +1622,7 @@ class State:
         if saved.get("stage") != self.facts["stage"]:
             raise UserError(f"{self.path} was not written by this stage: choose another --out, or "
                             "--restart")
-        for key, value in {**self.facts, **vars(self.args)}.items():
+        for key, value in {**vars(self.args), **self.facts}.items():
             before = saved.get(key, saved["args"].get(key))
             if key not in FREE_ARGUMENTS and before != value:
                 raise UserError(f"{self.path} was made with {key} {str(before)[:60]}, not "
