@@ -19,15 +19,14 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps  # Pillow comes with torchvision
+
 from common import (
     Parser, UserError, Videos, autocast, centre_crop, command, decode_frames, load_classifier,
     map_videos, paired_similarity, print0, ranged, rank, read_checkpoint, read_videos,
     settle_arguments, similarity_score, spaced_clips, start, to_input, walk_videos,
-    write_atomically)  # before torch: see its imports
-
-import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps  # Pillow comes with torchvision
+    write_atomically)
 
 METRICS = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class"}
 TEACHERS = ("inv_ft.pt", "dist_ft.pt")

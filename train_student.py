@@ -108,10 +108,10 @@ def main(argv=None):
 @torch.no_grad()
 def teach(teachers, x, s):
     """p_T, (B, C), of one teacher or of two, weighted by s (Eq. 7), and what to log of the two."""
-    p_inv, *p_dist = [teacher(x).float().softmax(1) for teacher in teachers]
-    if not p_dist:
-        return p_inv, {}
-    p_dist, = p_dist
+    p = [teacher(x).float().softmax(1) for teacher in teachers]
+    if len(p) == 1:
+        return p[0], {}
+    p_inv, p_dist = p
     return combine_teachers(p_inv, p_dist, s), {
         "weight_inv": s.mean(),
         "clamped": ((s == 0) | (s == 1)).float().mean(),
