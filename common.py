@@ -606,6 +606,12 @@ def draw(seed, *key):
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
+def seed_of(stage, seed):
+    """The seed of one stage's weights and draws: else both teachers would begin alike and see the
+    same crops of the same videos (Algorithm 1, line 6)."""
+    return int(draw(seed, *stage.encode()).integers(2**62))
+
+
 WEAK = dict(area=0.5, jitter=0.2, hue=0.05, p_jitter=0.5, p_grey=0.1)  # stages 2 and 3
 
 
@@ -1449,10 +1455,10 @@ class Batches:
     cannot be decoded is named, and another of its pool, which is not in the batch, takes its place
     and its draws; over 10 % of a pool stop the run (UserError)."""
 
-    def __init__(self, videos, pools, frames, args, device, steps=None):
+    def __init__(self, videos, pools, frames, seed, args, device, steps=None):
         self.videos = videos
         self.pools = pools
-        self.seed = args.seed
+        self.seed = seed
         self.workers = args.workers
         self.device = device
         self.unreadable = {}  # id: reason
@@ -1465,7 +1471,7 @@ class Batches:
         self.steps = steps
         self.share = sum(pool.batch for pool in pools) // world_size()
         self.frames = frames
-        span = functools.partial(random_span, seed=args.seed, frames=frames, stride=args.stride)
+        span = functools.partial(random_span, seed=seed, frames=frames, stride=args.stride)
         self.dataset = Frames(videos, span, round(1.25 * args.size))
 
     def members(self, epoch, step):
@@ -1942,6 +1948,14 @@ def load_classifier(saved, device):
     return model.to(device, memory_format=torch.channels_last_3d).requires_grad_(False).eval()
 
 
+def load_embedder(saved, device):
+    """The backbone and projection head of a checkpoint of stage 1, in eval mode."""
+    embedder = Embedder(build_model(saved["arch"], len(saved["classes"])))
+    embedder.backbone.load_state_dict(saved["model"])
+    embedder.head.load_state_dict(saved["head"])
+    return embedder.to(device, memory_format=torch.channels_last_3d).eval()
+
+
 # ---- Passes over all videos ----------------------------------------------------------------------
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
@@ -1977,10 +1991,22 @@ def map_videos(function, videos, indices, group_size, size, workers, device, tit
 
 
 def measure_similarity(embedder, videos, args, device):
-    """C of Eq. 5 of each video by the self-supervised teacher, before fine-tuning (Algorithm 1,
-    line 16): what its checkpoint carries to stage 3.
+    """What a checkpoint of stage 1 carries to stage 3: video_similarity of the training videos.
+    UserError if over 10 % of them cannot be decoded."""
+    rows, unreadable = video_similarity(embedder, videos, args, device)
+    check_unreadable(unreadable, range(len(videos)), videos)
+    return {
+        "similarity_of": [videos.name(i) for i in rows],
+        "similarity": torch.stack(list(rows.values())),
+        "similarity_clips": [args.clips, args.frames, args.stride],
+    }
 
-    From args.clips consecutive clips in its middle, centre crop, eval mode."""
+
+def video_similarity(embedder, videos, args, device):
+    """C of Eq. 5 of each video by a self-supervised teacher, before fine-tuning (Algorithm 1,
+    line 16), from args.clips consecutive clips in its middle, centre crop, eval mode.
+
+    Returns {id: (n, n)} and {id: reason} as map_videos does."""
     def similarity(frames):
         clips = []
         for video in frames:
@@ -1992,14 +2018,9 @@ def measure_similarity(embedder, videos, args, device):
     embedder.eval()
     span = functools.partial(spaced_clips, clips=1, frames=args.clips * args.frames,
                              stride=args.stride)
-    rows, unreadable = map_videos(similarity, videos, span, args.batch // world_size(), args.size,
-                                  args.workers, device, "similarity")
-    check_unreadable(unreadable, range(len(videos)), videos)
-    return {
-        "similarity_of": [videos.name(i) for i in rows],
-        "similarity": torch.stack(list(rows.values())),
-        "similarity_clips": [args.clips, args.frames, args.stride],
-    }
+    group_size = max(1, args.batch // world_size())
+    return map_videos(similarity, videos, span, group_size, args.size, args.workers, device,
+                      "similarity")
 
 
 def paired_similarity(teachers):

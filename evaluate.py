@@ -1,12 +1,14 @@
 """Evaluation of TimeBalance: accuracy on the test videos, from 10 clips x 3 scales each (Sec. 4.2).
 
 Takes run folders, of which it evaluates every classifier, or checkpoints. Prints a table that can
-be pasted into Markdown and writes results.json beside the checkpoints; several folders (say, of
-different seeds) add a table of means and of differences within each folder.
+be pasted into Markdown and writes results.json beside the checkpoints. Where a folder holds both
+teachers, two rows tell what their predictions give together, alike and weighted by TSTR: what the
+student of stage 3 will learn from, before it is trained. Several folders (say, of different seeds)
+add a table of means and of differences within each folder.
 
     python evaluate.py                                      # runs/toy
     torchrun --nproc-per-node 4 evaluate.py runs/ucf101     # processes share the videos
-    python evaluate.py runs/toy-0 runs/toy-1 runs/toy-2 --against student_mean.pt
+    python evaluate.py runs/toy-? --against labeled_only.pt student_mean.pt
     python evaluate.py --figures                            # draws figures 1 and 4, too
     python evaluate.py --videos holiday.mp4 clips/ --checkpoint runs/ucf101/student.pt
                                                             # any videos' five most probable classes
@@ -23,10 +25,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps  # Pillow comes with torchvision
 
 from common import (
-    Parser, UserError, Videos, autocast, centre_crop, command, decode_frames, load_classifier,
-    map_videos, paired_similarity, print0, ranged, rank, read_checkpoint, read_videos,
-    settle_arguments, similarity_score, spaced_clips, start, to_input, walk_videos,
-    write_atomically)
+    Parser, UserError, Videos, autocast, centre_crop, combine_teachers, command, decode_frames,
+    find_checkpoint, load_classifier, load_embedder, map_videos, paired_similarity, print0, ranged,
+    rank, read_checkpoint, read_videos, settle_arguments, similarity_score, spaced_clips, start,
+    to_input, video_similarity, walk_videos, write_atomically)  # before torch: see its imports
+
+import torch
 
 METRICS = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class"}
 TEACHERS = ("inv_ft.pt", "dist_ft.pt")
@@ -37,8 +41,8 @@ def main(argv=None):
     parser = Parser(__doc__)
     parser.add("checkpoints", "paths", "run folders or checkpoints (default runs/toy)", nargs="*",
                type=Path, default=[Path("runs/toy")], metavar="PATH")
-    parser.add("checkpoints", "--against", "the row from which several folders' others differ",
-               default="labeled_only.pt", metavar="CHECKPOINT")
+    parser.add("checkpoints", "--against", "the rows from which several folders' others differ",
+               nargs="+", default=["labeled_only.pt"], metavar="ROW")
     parser.add("checkpoints", "--figures", "compare the two teachers by class, over all folders, "
                "and the clips of three videos; draws classes.png and similarity.png in the first "
                "folder", action="store_true")
@@ -66,9 +70,7 @@ def main(argv=None):
                             f"{' and '.join(missing)} is not here")
     results = {}
     for folder, classifiers in found.items():
-        results[folder] = []
-        for name, saved in classifiers.items():
-            results[folder].append(evaluate(folder / name, saved, args, device))
+        results[folder] = evaluate_folder(folder, classifiers, args, device)
         save_results(folder, results[folder])
     if len(results) > 1:
         print_means(results, args.against)
@@ -99,16 +101,52 @@ def find_classifiers(paths):
     return found
 
 
-def evaluate(file, saved, args, device):
-    """Evaluate one classifier -> its entry of results.json, accuracies in per cent."""
-    begin = time.perf_counter()
-    trained = saved["args"]
-    videos = read_videos(trained["data"], args.root or trained["root"], False, trained["split"])
-    if videos.classes != saved["classes"]:
-        raise UserError(f"{file}: made for other classes than those of {videos.folder}")
-    rows, unreadable = class_probabilities(saved, videos, args, device, file.name)
-    if unreadable:
-        print0(f"{len(unreadable)} test videos cannot be decoded and count as wrong")
+def evaluate_folder(folder, classifiers, args, device):
+    """The entries of results.json of one folder: its classifiers, and its teachers together."""
+    results = {}
+    probabilities = {}
+    for name, saved in classifiers.items():
+        begin = time.perf_counter()
+        trained = saved["args"]
+        videos = read_videos(trained["data"], args.root or trained["root"], False, trained["split"])
+        if videos.classes != saved["classes"]:
+            raise UserError(f"{folder / name}: made for other classes than those of "
+                            f"{videos.folder}")
+        rows, unreadable = class_probabilities(saved, videos, args, device, name)
+        if unreadable:
+            print0(f"{len(unreadable)} test videos cannot be decoded and count as wrong")
+        probabilities[name] = rows
+        results[name] = {
+            "checkpoint": name,
+            "stage": saved["stage"],
+            "init": trained["init"],
+            "arch": saved["arch"],
+            "data": trained["data"],
+            "split": trained["split"],
+            "percent": trained["percent"],
+            "labeled_count": len(saved["labeled"]),
+            "seed": trained["seed"],
+            "epochs": saved["epoch"],
+            "finished": saved["finished"],
+            **accuracies(rows, videos),
+            "unreadable": len(unreadable),
+            "clips": args.clips,
+            "scales": args.scales,
+            "seconds": round(time.perf_counter() - begin, 1),
+        }
+    if all(name in classifiers for name in TEACHERS):
+        saved_teachers = [classifiers[name] for name in TEACHERS]
+        p_inv, p_dist = (probabilities[name] for name in TEACHERS)
+        together = combine_on_test_videos(p_inv, p_dist, saved_teachers, folder, videos, args,
+                                          device)
+        for title, rows in together.items():
+            results[title] = {**results[TEACHERS[0]], "checkpoint": title, "stage": "teachers",
+                              "init": None, **accuracies(rows, videos)}
+    return sorted(results.values(), key=lambda r: r["stage"] == "student")
+
+
+def accuracies(rows, videos):
+    """Per cent of all videos, from class probabilities {id: (C,)}; absent ones are wrong."""
     top1 = np.zeros(len(videos), bool)
     top5 = np.zeros(len(videos), bool)
     for i, p in rows.items():
@@ -121,27 +159,48 @@ def evaluate(file, saved, args, device):
         if members.any():
             per_class[name] = 100 * top1[members].mean()
     return {
-        "checkpoint": file.name,
-        "stage": saved["stage"],
-        "init": trained["init"],
-        "arch": saved["arch"],
-        "data": trained["data"],
-        "split": trained["split"],
-        "percent": trained["percent"],
-        "labeled_count": len(saved["labeled"]),
-        "seed": trained["seed"],
-        "epochs": saved["epoch"],
-        "finished": saved["finished"],
         "top1": 100 * top1.mean(),
         "top5": 100 * top5.mean(),
         "mean_class_accuracy": float(np.mean(list(per_class.values()))),
         "videos": len(videos),
-        "unreadable": len(unreadable),
-        "clips": args.clips,
-        "scales": args.scales,
-        "seconds": round(time.perf_counter() - begin, 1),
         "per_class": per_class,
     }
+
+
+def combine_on_test_videos(p_inv, p_dist, saved_teachers, folder, videos, args, device):
+    """{row's name: {id: (C,)}}: Eq. 7 on the test videos, with s = 1/2 and with s of Eq. 6, for
+    which the teachers of stage 1 must be there. Empty where they learnt from different labels."""
+    if saved_teachers[0]["labeled"] != saved_teachers[1]["labeled"]:
+        return {}
+    ids = sorted(p_inv.keys() & p_dist.keys())
+    p_inv = torch.stack([p_inv[i] for i in ids])
+    p_dist = torch.stack([p_dist[i] for i in ids])
+    scores = {"teachers, mean": torch.full((len(ids),), 0.5)}
+    matrices = []
+    for saved in saved_teachers:
+        path = find_stage_1(saved["args"], folder)
+        if path is None:
+            print0(f"{folder}: no row of TSTR without {saved['args']['init']} of stage 1")
+            break
+        stage_1 = read_checkpoint(path, ["pretrain_inv", "pretrain_dist"])
+        settings = argparse.Namespace(**{**stage_1["args"], "workers": args.workers,
+                                         "precision": args.precision})
+        rows, _ = video_similarity(load_embedder(stage_1, device), videos, settings, device)
+        matrices.append(torch.stack([rows[i] for i in ids]))
+    else:
+        scores["teachers, TSTR"] = similarity_score(*matrices)
+    return {title: dict(zip(ids, combine_teachers(p_inv, p_dist, score)))
+            for title, score in scores.items()}
+
+
+def find_stage_1(trained, folder):
+    """The checkpoint of stage 1 that a teacher was fine-tuned from, where it was or moved along, or
+    None."""
+    was = Path(find_checkpoint(trained["init"], trained["pretrained"] or trained["out"]))
+    for path in (was, folder / was.name):
+        if path.exists():
+            return path
+    return None
 
 
 def class_probabilities(saved, videos, args, device, title):
@@ -211,8 +270,8 @@ def save_results(folder, results):
 
 
 def print_means(results, against):
-    """Mean and standard deviation of each row over the folders, and of its difference from one row
-    of the same folder."""
+    """Mean and standard deviation of each row over the folders, and of its difference from each row
+    `against` of the same folder, with the 95 % interval of that difference."""
     def spread(values, sign=""):
         if not values:
             return ""
@@ -229,10 +288,27 @@ def print_means(results, against):
         row = [name, len(same)]
         for key in METRICS:
             row.append(spread([run[name][key] for run in same]))
-        paired = [run[name]["top1"] - run[against]["top1"] for run in same if against in run]
-        rows.append([*row, spread(paired, "+")])
-    header = ["mean ± standard deviation", "runs", *METRICS.values(), f"top-1 - {against}"]
+        for other in against:
+            paired = [run[name]["top1"] - run[other]["top1"] for run in same if other in run]
+            row += [spread(paired, "+"), interval(paired) if name != other else ""]
+        rows.append(row)
+    header = ["mean ± standard deviation", "runs", *METRICS.values()]
+    for other in against:
+        header += [f"top-1 - {other}", "95 % interval"]
     print_table(header, rows)
+
+
+def interval(values):
+    """The 95 % interval of a mean by Student's t with n - 1 degrees of freedom, as text."""
+    n = len(values)
+    if n < 2:
+        return ""
+    # With t = sqrt(n - 1) tan(a), the density of a is proportional to cos(a) ** (n - 2).
+    a = np.linspace(-np.pi / 2, np.pi / 2, 200_001)[1:-1]
+    share = np.cumsum(np.cos(a) ** (n - 2))
+    t = np.sqrt(n - 1) * np.tan(a[np.searchsorted(share, 0.975 * share[-1])])
+    half = t * np.std(values, ddof=1) / np.sqrt(n)
+    return f"{np.mean(values) - half:+.1f} to {np.mean(values) + half:+.1f}"
 
 
 def print_table(header, rows):

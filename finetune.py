@@ -14,8 +14,8 @@ from pathlib import Path
 
 from common import (
     WEAK, Batches, Meter, Parser, Pool, State, augment_clips, autocast, build_model, command, draw,
-    find_checkpoint, labeled_and_all_videos, read_checkpoint, settle_arguments, start, start_from,
-    to_input, warm_up)  # before torch: see its imports
+    find_checkpoint, labeled_and_all_videos, read_checkpoint, seed_of, settle_arguments, start,
+    start_from, to_input, warm_up)  # before torch: see its imports
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,8 @@ def main(argv=None):
 
 
 def finetune(args, saved, labeled, videos, device):
-    torch.manual_seed(args.seed)
+    seed = seed_of("finetune", args.seed)
+    torch.manual_seed(seed)
     model = build_model(args.arch, len(videos.classes))
     name = "labeled_only"
     similarity = {}  # what stage 1 measured goes on to stage 3
@@ -55,14 +56,14 @@ def finetune(args, saved, labeled, videos, device):
     if state.finished:
         return
     pool = Pool(labeled, args.batch, cycle=True)
-    batches = Batches(videos, [pool], args.frames, args, device)
+    batches = Batches(videos, [pool], args.frames, seed, args, device)
     meter = Meter(state, batches, args, device)
 
     for epoch in range(state.epoch, args.epochs):
         warm_up(state.optimizer, args.lr, epoch, args.warmup)
         state.net.train()
         for batch in meter.steps(epoch):
-            rngs = [draw(args.seed, *key, 0) for key in batch.keys]
+            rngs = [draw(seed, *key, 0) for key in batch.keys]
             clips = augment_clips(batch.videos, args.size, rngs, **WEAK)
             y = torch.as_tensor(videos.labels[batch.ids]).to(device, non_blocking=True)
             with autocast(args, device):

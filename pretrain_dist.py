@@ -13,7 +13,7 @@ from it, too.
 from common import (
     Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment_clips, autocast,
     build_model, command, count_time_steps, distinctive_loss, draw, invariant_loss,
-    measure_similarity, ranged, settle_arguments, start, to_input, training_videos,
+    measure_similarity, ranged, seed_of, settle_arguments, start, to_input, training_videos,
     unpooled_distinctive_loss, warm_up)  # before torch: see its imports
 
 import torch
@@ -38,13 +38,14 @@ def main(argv=None):
                         f"{args.arch}, which L_D2 cannot cut into --clips {n} equal slices")
 
     videos = training_videos(args)
-    torch.manual_seed(args.seed)
+    seed = seed_of("pretrain_dist", args.seed)
+    torch.manual_seed(seed)
     embedder = Embedder(build_model(args.arch, len(videos.classes)))
     state = State("pretrain_dist", args.name, args, embedder, videos, device)
     if state.finished:
         return
     everyone = Pool(range(len(videos)), args.batch, cycle=False)
-    batches = Batches(videos, [everyone], n * args.frames, args, device)
+    batches = Batches(videos, [everyone], n * args.frames, seed, args, device)
     meter = Meter(state, batches, args, device)
 
     for epoch in range(state.epoch, args.epochs):
@@ -59,7 +60,7 @@ def main(argv=None):
                 for video, key in zip(batch.videos, batch.keys):
                     short += video.split(args.frames)
                     long.append(video[::n])
-                    rngs = [draw(args.seed, *key, view * (n + 1) + t) for t in range(n + 1)]
+                    rngs = [draw(seed, *key, view * (n + 1) + t) for t in range(n + 1)]
                     short_rngs += rngs[:n]
                     long_rngs.append(rngs[n])
             clips = augment_clips(short + long, args.size, short_rngs + long_rngs)

@@ -11,8 +11,8 @@ no label. Writes OUT/inv.pt: backbone, projection head, and each video's tempora
 
 from common import (
     Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment_clips, autocast,
-    build_model, command, draw, invariant_loss, measure_similarity, ranged, settle_arguments, start,
-    to_input, training_videos, warm_up)  # before torch: see its imports
+    build_model, command, draw, invariant_loss, measure_similarity, ranged, seed_of,
+    settle_arguments, start, to_input, training_videos, warm_up)  # before torch: see its imports
 
 import torch
 
@@ -29,14 +29,15 @@ def main(argv=None):
         raise UserError("--batch 1: Eq. 1 takes its negatives from other videos, give 2 or more")
 
     videos = training_videos(args)
-    torch.manual_seed(args.seed)
+    seed = seed_of("pretrain_inv", args.seed)
+    torch.manual_seed(seed)
     embedder = Embedder(build_model(args.arch, len(videos.classes)))
     state = State("pretrain_inv", args.name, args, embedder, videos, device)
     if state.finished:
         return
     n = args.clips
     everyone = Pool(range(len(videos)), args.batch, cycle=False)
-    batches = Batches(videos, [everyone], n * args.frames, args, device)
+    batches = Batches(videos, [everyone], n * args.frames, seed, args, device)
     meter = Meter(state, batches, args, device)
 
     for epoch in range(state.epoch, args.epochs):
@@ -48,7 +49,7 @@ def main(argv=None):
             for video, key in zip(batch.videos, batch.keys):
                 for t, clip in enumerate(video.split(args.frames)):
                     clips.append(clip)
-                    rngs.append(draw(args.seed, *key, t))
+                    rngs.append(draw(seed, *key, t))
             clips = augment_clips(clips, args.size, rngs)
             with autocast(args, device):
                 z = state.net(to_input(clips, embedder.backbone))  # (own videos * n, 128)

@@ -1058,7 +1058,7 @@ def batches(toy, epoch=0, step=0, **changes):
     A batch is four of the videos 5 to 23, in a new order each epoch, and two of 0 to 4."""
     settings = {"seed": 0, "size": 16, "stride": 2, "workers": 0, "epochs": 3, **changes}
     pools = [tb.Pool(np.arange(5, 24), 4, False), tb.Pool(np.arange(5), 4, True)]
-    source = tb.Batches(tb.read_videos("toy", toy, True), pools, 4,
+    source = tb.Batches(tb.read_videos("toy", toy, True), pools, 4, settings["seed"],
                         argparse.Namespace(**settings), torch.device("cpu"))
     return list(source.stream(epoch * source.steps + step, 3 * source.steps))
 
@@ -1210,9 +1210,9 @@ class TestData:
     def test_little_shared_memory_is_told(self, toy, monkeypatch):
         """In a container of the usual 64 MB a decoding process would end by a bus error."""
         videos = tb.read_videos("toy", toy, True)
-        args = argparse.Namespace(seed=0, size=224, stride=1, workers=16)
+        args = argparse.Namespace(size=224, stride=1, workers=16)
         pool = tb.Pool(np.arange(24), 24, False)
-        source = tb.Batches(videos, [pool], 64, args, torch.device("cpu"))
+        source = tb.Batches(videos, [pool], 64, 0, args, torch.device("cpu"))
         little = SimpleNamespace(total=64 << 20)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: little)
         with pytest.warns(UserWarning, match="--shm-size 2g"):
@@ -1442,7 +1442,8 @@ STAGES = {"inv": (pretrain_inv, ["--clips", "2"]), "dist": (pretrain_dist, ["--c
           "student": (train_student, [])}
 CHECKPOINTS = ["inv", "dist", "inv_ft", "dist_ft", "labeled_only", "student"]
 EVALUATE = "--clips 2 --device cpu --workers 0 --precision fp32".split()
-EVALUATED = ["labeled_only.pt", "dist_ft.pt", "inv_ft.pt", "student.pt"]
+EVALUATED = ["labeled_only.pt", "dist_ft.pt", "inv_ft.pt", "teachers, mean", "teachers, TSTR",
+             "student.pt"]
 
 
 def stage_argv(stage, root, out, *flags):
@@ -1730,13 +1731,13 @@ def cells(row):
 
 
 def random_results(classes):
-    """In place of evaluate.evaluate: accuracies that no network gave."""
+    """In place of evaluate.evaluate_folder: accuracies that no network gave."""
     rng = np.random.default_rng(0)
 
-    def results(file, *_):
-        return {"checkpoint": file.name, "finished": True, "labeled_count": 8,
-                **dict(zip(evaluate.METRICS, 100 * rng.random(3))),
-                "per_class": dict(zip(classes, 100 * rng.random(8)))}
+    def results(folder, classifiers, *_):
+        return [{"checkpoint": name, "finished": True, "labeled_count": 8,
+                 **dict(zip(evaluate.METRICS, 100 * rng.random(3))),
+                 "per_class": dict(zip(classes, 100 * rng.random(8)))} for name in classifiers]
 
     return results
 
@@ -1745,9 +1746,10 @@ def report(folder):
     """evaluate.py over the runs a and b with --figures -> what it prints; accuracies at random."""
     with (pytest.MonkeyPatch.context() as patch,
           contextlib.redirect_stdout(io.StringIO()) as text):
-        patch.setattr(evaluate, "evaluate", random_results(load(folder / "b", "inv")["classes"]))
+        patch.setattr(evaluate, "evaluate_folder",
+                      random_results(load(folder / "b", "inv")["classes"]))
         evaluate.main([str(folder / "a"), str(folder / "b"), "--against", "dist_ft.pt",
-                       "--figures", "--clips", "1"])
+                       "student.pt", "--figures", "--clips", "1"])
     return text.getvalue()
 
 
@@ -1791,13 +1793,72 @@ class TestEvaluation:
         for name in reported.runs[1]:
             runs = [run for run in reported.runs if name in run]
             top1 = [run[name]["top1"] for run in runs]
-            apart = [run[name]["top1"] - run["dist_ft.pt"]["top1"] for run in runs]
             row = next(line for line in reported.text.splitlines()
                        if line.startswith(f"| {name}") and "±" in line)
-            _, count, mean, *_, difference = cells(row)
-            spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in (top1, apart)]
-            assert [count, mean] == [str(len(top1)), f"{np.mean(top1):.1f} ± {spread[0]:.1f}"]
-            assert difference == f"{np.mean(apart):+.1f} ± {spread[1]:.1f}"
+            _, count, mean, *_ = cells(row)
+            spread = statistics.stdev(top1) if len(top1) > 1 else 0
+            assert [count, mean] == [str(len(top1)), f"{np.mean(top1):.1f} ± {spread:.1f}"]
+            for k, other in [(-4, "dist_ft.pt"), (-2, "student.pt")]:
+                apart = [run[name]["top1"] - run[other]["top1"] for run in runs]
+                spread = statistics.stdev(apart) if len(apart) > 1 else 0
+                expected = [f"{np.mean(apart):+.1f} ± {spread:.1f}", ""]
+                if len(runs) == 2 and name != other:
+                    half = 12.7062 * spread / math.sqrt(2)
+                    expected[1] = f"{np.mean(apart) - half:+.1f} to {np.mean(apart) + half:+.1f}"
+                assert cells(row)[k:][:2] == expected
+
+    @pytest.mark.parametrize("n, t", [(2, 12.7062), (3, 4.3027), (4, 3.1824), (10, 2.2622),
+                                      (31, 2.0423)])
+    def test_intervals_are_student_s(self, n, t):
+        """t from a printed table; the values are so large that four of its digits count."""
+        values = 1000 * np.random.default_rng(n).normal(size=n)
+        half = t * statistics.stdev(values) / math.sqrt(n)
+        low, high = map(float, evaluate.interval(values).split(" to "))
+        assert low == pytest.approx(np.mean(values) - half, abs=0.06 + 2e-4 * half)
+        assert high == pytest.approx(np.mean(values) + half, abs=0.06 + 2e-4 * half)
+
+    def test_the_teachers_together_on_test_videos(self, chain, toy):
+        """Eq. 7, with s from the teachers of stage 1 on the middle of each test video."""
+        videos = tb.read_videos("toy", toy, False)
+        cpu = torch.device("cpu")
+        args = argparse.Namespace(workers=0, precision="fp32")
+        saved = [load(chain, name) for name in ("inv_ft", "dist_ft")]
+        p = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(0)).softmax(2)
+        rows = evaluate.combine_on_test_videos(
+            dict(enumerate(p[0])), dict(enumerate(p[1])), saved, chain, videos, args, cpu)
+        for i in range(8):
+            frames = full_decode(videos.path(i))
+            first = (len(frames) - 15) // 2
+            clip = tb.decode_frames(videos.path(i), range(first, first + 16), short_side=20)
+            s = 0
+            for name in ("inv", "dist"):
+                embedder = tb.Embedder(tb.build_model("r3d_tiny", 8)).eval()
+                embedder.backbone.load_state_dict(load(chain, name)["model"])
+                embedder.head.load_state_dict(load(chain, name)["head"])
+                with torch.no_grad():
+                    clips = [tb.centre_crop(half, 16) for half in clip.split(8)]
+                    a, b = embedder(tb.to_input(clips, embedder.backbone))
+                s += float(a @ b) / 2
+            s = min(1, max(0, s))
+            assert rows["teachers, mean"][i].allclose((p[0, i] + p[1, i]) / 2)
+            assert rows["teachers, TSTR"][i].allclose(s * p[0, i] + (1 - s) * p[1, i], atol=1e-4)
+
+    def test_stage_1_is_found_beside_teachers_that_moved(self, chain, tmp_path, capsys):
+        for name in ("inv", "dist", "inv_ft", "dist_ft"):
+            saved = load(chain, name)
+            saved["args"] |= {"out": "gone", "pretrained": None}
+            torch.save(saved, tmp_path / f"{name}.pt")
+        evaluate.main([str(tmp_path), *EVALUATE])
+        assert [r["checkpoint"] for r in read_results(tmp_path)] == EVALUATED[1:5]
+        assert read_results(tmp_path) == [
+            {**r, "seconds": s["seconds"]}
+            for r, s in zip(read_results(chain)[1:5], read_results(tmp_path), strict=True)]
+
+        (tmp_path / "inv.pt").unlink()
+        capsys.readouterr()
+        evaluate.main([str(tmp_path), *EVALUATE])
+        assert [r["checkpoint"] for r in read_results(tmp_path)] == EVALUATED[1:4]
+        assert "no row of TSTR without inv.pt" in capsys.readouterr().out
 
     def test_the_teachers_are_compared_by_class(self, reported):
         inv = reported.teachers[0]

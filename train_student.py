@@ -14,7 +14,7 @@ labelled videos, and OUT/dist.pt, from which the student starts. Writes OUT/stud
 from common import (
     WEAK, Batches, Meter, Parser, Pool, State, UserError, augment_clips, autocast, build_model,
     combine_teachers, command, distillation_loss, draw, find_checkpoint, labeled_and_all_videos,
-    load_classifier, paired_similarity, print0, ranged, read_checkpoint, settle_arguments,
+    load_classifier, paired_similarity, print0, ranged, read_checkpoint, seed_of, settle_arguments,
     similarity_score, start, start_from, to_input, warm_up)  # before torch: see its imports
 
 import numpy as np
@@ -56,7 +56,8 @@ def main(argv=None):
     unlabeled = np.setdiff1d(np.arange(len(videos)), labeled)
     if len(unlabeled) == 0:
         unlabeled = labeled  # with all labels, the teachers speak on the same videos once more
-    torch.manual_seed(args.seed)
+    seed = seed_of("student", args.seed)
+    torch.manual_seed(seed)
     student = build_model(args.arch, len(videos.classes))
     if init:
         start_from(student, args.init, init)
@@ -69,14 +70,14 @@ def main(argv=None):
     if teachers:  # the unlabelled videos come first
         pools.insert(0, Pool(unlabeled, args.batch, cycle=False))
     steps = len(unlabeled) // args.batch  # one lap of the unlabelled videos; labelled ones cycle
-    batches = Batches(videos, pools, args.frames, args, device, steps)
+    batches = Batches(videos, pools, args.frames, seed, args, device, steps)
     meter = Meter(state, batches, args, device)
 
     for epoch in range(state.epoch, args.epochs):
         warm_up(state.optimizer, args.lr, epoch, args.warmup)
         state.net.train()
         for batch in meter.steps(epoch):
-            rngs = [draw(args.seed, *key, 0) for key in batch.keys]
+            rngs = [draw(seed, *key, 0) for key in batch.keys]
             clips = augment_clips(batch.videos, args.size, rngs, **WEAK)  # teachers see them, too
             u = len(clips) // 2 if teachers else 0  # so many are unlabelled
             y = torch.as_tensor(videos.labels[batch.ids[u:]]).to(device, non_blocking=True)
