@@ -2756,6 +2756,17 @@ MISTAKES = [  # the flags, and what the line names
 
 
 class TestMistakes:
+    def test_bf16_on_a_cpu_needs_amx(self, toy, tmp_path, monkeypatch, capsys):
+        """Elsewhere oneDNN's gradients of convolutions over two time steps are wrong."""
+        able = {"avx512_bf16": True, "amx_bf16": False}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+        assert not tb.has_bf16("cpu")
+        with pytest.raises(SystemExit) as end:
+            run_stage("inv", toy, tmp_path, "--precision", "bf16")
+        assert end.value.code == 2 and "--precision fp32" in capsys.readouterr().err
+        able["amx_bf16"] = True
+        assert tb.has_bf16("cpu")
+
     @pytest.mark.parametrize("module, flags, word", [
         pytest.param(module, *case, id=f"{module.__name__} {case[0]}")
         for module, cases in MISTAKES for case in cases])
