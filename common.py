@@ -237,9 +237,10 @@ class R3D(Backbone):
 
     Its first convolution and its downsampling have no temporal stride, the convolution a temporal
     dilation of 2 instead: 16 frames leave T' = 4 time steps, which L_D2 needs. r3d_18 has width 64
-    and 2 blocks a layer."""
+    and 2 blocks a layer. early: the first halving of time in the stem instead of layer2, which
+    takes half the operations."""
 
-    def __init__(self, num_classes, width=64, depth=2):
+    def __init__(self, num_classes, width=64, depth=2, early=False):
         super().__init__()
 
         def layer(dim_in, dim_out, stride):
@@ -254,13 +255,16 @@ class R3D(Backbone):
                 block.relu = nn.Identity()  # features() has it
             return nn.Sequential(*blocks)
 
-        stem = nn.Conv3d(3, width, (3, 7, 7), (1, 2, 2), (1, 3, 3), bias=False)
+        stem = nn.Conv3d(3, width, (3, 7, 7), (1 + early, 2, 2), (1, 3, 3), bias=False)
         self.stem = nn.Sequential(stem, nn.BatchNorm3d(width))
         self.layer1 = layer(width, width, 1)
         self.layer2 = layer(width, 2 * width, 2)
         self.layer3 = layer(2 * width, 4 * width, 2)
         self.layer4 = layer(4 * width, 8 * width, 2)
         self.fc = nn.Linear(8 * width, num_classes)
+        if early:
+            self.layer2[0].conv1[0].stride = (1, 2, 2)
+            self.layer2[0].downsample[0].stride = (1, 2, 2)
         conv = self.layer4[0].conv1[0]
         conv.stride = (1, 2, 2)
         conv.dilation = conv.padding = (2, 1, 1)
@@ -341,7 +345,7 @@ class SlowR50(Backbone):
 ARCHS = {
     "r3d_18": R3D,
     "slow_r50": SlowR50,
-    "r3d_tiny": functools.partial(R3D, width=16, depth=1),
+    "r3d_tiny": functools.partial(R3D, width=12, depth=1, early=True),
 }
 CLASSIFIERS = ("fc.", "blocks.5.proj.")  # the keys under which the classifier's weights lie
 
@@ -350,8 +354,8 @@ def build_model(arch, num_classes):
     """A classifier of clips, (B, 3, T, H, W) -> logits (B, num_classes), with
     .features(x) -> (B, D, T').
 
-    arch: r3d_18 (D = 512, T' = T / 4), slow_r50 (D = 2048, T' = T), or r3d_tiny, an r3d of a
-    quarter of the width and half the depth (D = 128). The state dict has torchvision's or
+    arch: r3d_18 (D = 512, T' = T / 4), slow_r50 (D = 2048, T' = T), or r3d_tiny, an r3d of a fifth
+    of the width and half the depth (D = 96, T' = T / 4). The state dict has torchvision's or
     PyTorchVideo's keys. ValueError for other names."""
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}: {', '.join(ARCHS)}")
@@ -1142,37 +1146,37 @@ TOY_PATTERNS = {  # of the object, over u, v in [-1, 1]; a repetitive class is t
     "Stripes": lambda u, v: np.floor(2 * (u + 1)) % 2 == 0,
     "Checker": lambda u, v: (u > 0) == (v > 0),
     "Ring": lambda u, v: np.maximum(np.abs(u), np.abs(v)) > 0.5,
-    "Dots": lambda u, v: np.hypot((u + 1) % 1 - 0.5, (v + 1) % 1 - 0.5) < 0.33,
+    "Bars": lambda u, v: np.floor(2 * (v + 1)) % 2 == 0,
 }
-TOY_MOVES = {  # a composite class is told by its two movements, one after the other
-    "AcrossGrow": ("across", "grow"),
-    "UpSink": ("up", "sink"),
+# A composite class is told by its two movements, one after the other. Up and down have the same
+# frames, grow and shrink, too: only their order tells. Each is of two classes, so that who takes
+# the clips of a video for alike takes all four classes for alike.
+TOY_MOVES = {
+    "UpGrow": ("up", "grow"),
+    "GrowDown": ("grow", "down"),
     "DownShrink": ("down", "shrink"),
-    "RiseTurn": ("rise", "turn"),
+    "ShrinkUp": ("shrink", "up"),
 }
-TOY_PATHS = {  # a movement: what changes of the object as `way` runs from -1 to 1; side is -1 or 1
-    "across": lambda way, side: {"x": 28 + 22 * way * side},
-    "up": lambda way, side: {"y": 20 - 18 * way},
-    "down": lambda way, side: {"y": 20 + 18 * way},
-    "rise": lambda way, side: {"x": 28 + 22 * way * side, "y": 20 - 16 * way},
-    "sink": lambda way, side: {"x": 28 + 22 * way * side, "y": 20 + 16 * way},
-    "grow": lambda way, side: {"radius": 12 + 7 * way},
-    "shrink": lambda way, side: {"radius": 12 - 7 * way},
-    "turn": lambda way, side: {"angle": np.pi * way * side},
+TOY_PATHS = {  # a movement: what changes of the object as `way` runs from -1 to 1
+    "up": lambda way: {"y": 20 - 18 * way},
+    "down": lambda way: {"y": 20 + 18 * way},
+    "grow": lambda way: {"radius": 12 + 7 * way},
+    "shrink": lambda way: {"radius": 12 - 7 * way},
 }
 
 
 def toy_clip(label, rng):
     """One toy video of class `label` -> uint8 (64 to 96, 40, 56, 3).
 
-    Repetitive: an object of the class's pattern swings to and fro. Composite: an object of any
-    pattern makes the class's first movement, then, in the other scene and colour, its second."""
+    Repetitive: an object of the class's pattern swings to and fro, at a period of 8 or 16 frames,
+    so that any two clips of 16 frames look alike. Composite: an object of any pattern makes the
+    class's first movement, then, in the other scene and colour, its second."""
     count = int(rng.integers(64, 97))
     patterns = list(TOY_PATTERNS.values())
     if label < len(patterns):
         pattern = patterns[label]
         shots = [("swing", count)]
-        radius = 13
+        radius = 15
     else:
         pattern = patterns[rng.integers(len(patterns))]
         first, second = list(TOY_MOVES.values())[label - len(patterns)]
@@ -1183,15 +1187,13 @@ def toy_clip(label, rng):
     colour = rng.integers(2)
     video = []
     for k, (move, length) in enumerate(shots):
-        way = np.linspace(-1, 1, length)
-        side = rng.choice([-1, 1])
-        square = {"x": rng.uniform(20, 36), "y": rng.uniform(16, 24), "radius": radius, "angle": 0}
+        square = {"x": rng.uniform(24, 32), "y": rng.uniform(17, 23), "radius": radius}
         if move == "swing":
-            period = rng.uniform(8, 16)  # frames
-            swing = 8 * np.sin(2 * np.pi * (np.arange(length) / period + rng.random()))
-            square["x" if side > 0 else "y"] += swing
+            period = rng.choice([8, 16])  # frames
+            swing = 6 * np.sin(2 * np.pi * (np.arange(length) / period + rng.random()))
+            square[rng.choice(["x", "y"])] += swing
         else:
-            square |= TOY_PATHS[move](way, side)
+            square |= TOY_PATHS[move](np.linspace(-1, 1, length))
         video.append(paint_toy(square, length, pattern, TOY_COLOURS[(colour + k) % 2],
                                (scene + k) % 2))
     return np.concatenate(video).astype(np.uint8)
@@ -1200,14 +1202,13 @@ def toy_clip(label, rng):
 def paint_toy(square, length, pattern, colour, scene):
     """Frames (length, 40, 56, 3) of a square object in one of two scenes.
 
-    square: x, y, radius (pixels) and angle (radians), each a number or one for each frame."""
+    square: x, y and radius in pixels, each a number or one for each frame."""
     v, u = np.meshgrid(np.arange(HEIGHT), np.arange(WIDTH), indexing="ij")
     ground = 110 + 30 * (u // 8 % 2) if scene else 60 + 40 * v / HEIGHT
-    x, y, radius, angle = (np.broadcast_to(square[key], length)[:, None, None]
-                           for key in ("x", "y", "radius", "angle"))
+    x, y, radius = (np.broadcast_to(square[key], length)[:, None, None]
+                    for key in ("x", "y", "radius"))
     du = (u - x) / radius
     dv = (v - y) / radius
-    du, dv = du * np.cos(angle) - dv * np.sin(angle), du * np.sin(angle) + dv * np.cos(angle)
     inside = (np.maximum(np.abs(du), np.abs(dv)) < 1)[..., None]
     figure = np.where(pattern(du, dv)[..., None], colour, 245)
     return np.where(inside, figure, ground[..., None])
@@ -1221,7 +1222,7 @@ def render_toy(root, train=400, test=200, seed=0):
     finished."""
     root = Path(root)
     done = root / "toy.json"
-    settings = {"version": 1, "train": train, "test": test, "seed": seed}
+    settings = {"version": 2, "train": train, "test": test, "seed": seed}
     if done.exists():
         if json.loads(done.read_text())["version"] != settings["version"]:
             raise UserError(f"{root} holds toy videos of another version: remove it or choose "
@@ -1861,6 +1862,22 @@ class Meter:
         raise SystemExit
 
 
+def beside_chance(means, levels, last):
+    """The means of an epoch, each loss of `levels` beside its level of chance: that of a network to
+    which all clips look alike, the logarithm of the number of candidates. A warning if the last
+    epoch ends within 5 % of it."""
+    numbers = {}
+    for name, value in means.items():
+        numbers[name] = value
+        if name in levels:
+            numbers[f"{name}_chance"] = levels[name]
+            if last and value > 0.95 * levels[name]:
+                warnings.warn(f"{name} ends at {value:.3f}, chance is {levels[name]:.3f}: stage 1 "
+                              "has learnt nothing. It needs more steps: more --epochs, or a "
+                              "smaller --batch")
+    return numbers
+
+
 def peak_memory(device):
     """The most that this process has held so far, in GiB: on the GPU, or of the CPU's memory."""
     if device.type == "cuda":
@@ -2021,6 +2038,28 @@ def video_similarity(embedder, videos, args, device):
     group_size = max(1, args.batch // world_size())
     return map_videos(similarity, videos, span, group_size, args.size, args.workers, device,
                       "similarity")
+
+
+def nearest_neighbours(backbone, videos, ids, args, device):
+    """The share of the videos `ids` whose nearest other one is of the same class: what the features
+    of stage 1 know of the classes, before a label has trained them.
+
+    By the cosine of features, mean over time, of the clip in the middle of each."""
+    def features(frames):
+        clips = [centre_crop(video, args.size) for video in frames]
+        with autocast(args, device):
+            return backbone.features(to_input(clips, backbone)).float().mean(2)
+
+    names = [videos.name(i) for i in ids]
+    some = Videos(videos.folder, names, videos.labels[ids], videos.classes)
+    span = functools.partial(spaced_clips, clips=1, frames=args.frames, stride=args.stride)
+    backbone.eval()
+    rows, _ = map_videos(features, some, span, args.batch, args.size, args.workers, device,
+                         "neighbours")
+    z = torch.stack(list(rows.values()))
+    labels = some.labels[list(rows)]
+    nearest = cosine_similarity(z, z).fill_diagonal_(-torch.inf).argmax(1)
+    return float((labels[nearest] == labels).mean())
 
 
 def paired_similarity(teachers):

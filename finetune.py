@@ -14,8 +14,8 @@ from pathlib import Path
 
 from common import (
     WEAK, Batches, Meter, Parser, Pool, State, augment_clips, autocast, build_model, command, draw,
-    find_checkpoint, labeled_and_all_videos, read_checkpoint, seed_of, settle_arguments, start,
-    start_from, to_input, warm_up)  # before torch: see its imports
+    find_checkpoint, labeled_and_all_videos, nearest_neighbours, print0, read_checkpoint, seed_of,
+    settle_arguments, start, start_from, to_input, warm_up)  # before torch: see its imports
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,10 @@ def finetune(args, saved, labeled, videos, device):
     state = State("finetune", name, args, model, videos, device, labeled, similarity)
     if state.finished:
         return
+    if similarity and state.epoch == state.step == 0:
+        share = nearest_neighbours(model, videos, labeled, args, device)
+        print0(f"{args.init}: the nearest other labelled video is of the same class for "
+               f"{100 * share:.1f} %, at random for about {100 / len(videos.classes):.1f} %")
     pool = Pool(labeled, args.batch, cycle=True)
     batches = Batches(videos, [pool], args.frames, seed, args, device)
     meter = Meter(state, batches, args, device)

@@ -10,9 +10,11 @@ from it, too.
     python pretrain_dist.py --invariant-weight 1    # L_D + L_I: the paper's student start, both.pt
 """
 
+import math
+
 from common import (
     Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment_clips, autocast,
-    build_model, command, count_time_steps, distinctive_loss, draw, invariant_loss,
+    beside_chance, build_model, command, count_time_steps, distinctive_loss, draw, invariant_loss,
     measure_similarity, ranged, seed_of, settle_arguments, start, to_input, training_videos,
     unpooled_distinctive_loss, warm_up)  # before torch: see its imports
 
@@ -86,6 +88,8 @@ def main(argv=None):
         means = meter.means()
         if epoch >= args.warmup:
             state.plateau.step(means["loss"])  # halves the learning rate on a plateau
+        chance = {"l_d1": math.log(2 * n - 1), "l_d2": math.log(n)}
+        means = beside_chance(means, chance, epoch + 1 == args.epochs)
         state.end_epoch(means)  # log, checkpoint
 
     state.finish(measure_similarity(embedder, videos, args, device))  # Algorithm 1, line 16

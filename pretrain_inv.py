@@ -9,9 +9,11 @@ no label. Writes OUT/inv.pt: backbone, projection head, and each video's tempora
     torchrun --nproc-per-node 4 pretrain_inv.py --data ucf101    # four GPUs, 40 videos in all
 """
 
+import math
+
 from common import (
     Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment_clips, autocast,
-    build_model, command, draw, invariant_loss, measure_similarity, ranged, seed_of,
+    beside_chance, build_model, command, draw, invariant_loss, measure_similarity, ranged, seed_of,
     settle_arguments, start, to_input, training_videos, warm_up)  # before torch: see its imports
 
 import torch
@@ -61,6 +63,8 @@ def main(argv=None):
         means = meter.means()
         if epoch >= args.warmup:
             state.plateau.step(means["loss"])  # halves the learning rate on a plateau
+        chance = {"loss": math.log(2 * args.batch - 1)}
+        means = beside_chance(means, chance, epoch + 1 == args.epochs)
         state.end_epoch(means)  # log, checkpoint
 
     state.finish(measure_similarity(embedder, videos, args, device))  # Algorithm 1, line 16

@@ -1567,6 +1567,48 @@ class TestChain:
         assert first["torch"] == torch.__version__
         assert [line["epoch"] for line in epochs] == [1, 2]
 
+    @pytest.mark.parametrize("name, levels", [
+        ("inv", {"loss": 7}),  # the same clip of the 3 other videos, the other one of all 4
+        ("dist", {"l_d1": 3, "l_d2": 2})])
+    def test_logs_tell_the_level_of_chance(self, name, levels, chain):
+        for line in read_log(chain, name)[1:]:
+            chance = {key: value for key, value in line.items() if key.endswith("_chance")}
+            assert chance == {f"{key}_chance": pytest.approx(math.log(candidates), abs=1e-6)
+                              for key, candidates in levels.items()}
+
+    def test_a_stage_1_that_has_learnt_nothing_says_so(self):
+        levels = {"l_d1": 2.0}
+        with pytest.warns(UserWarning, match="l_d1 ends at 1.910, chance is 2.000.*--batch"):
+            numbers = tb.beside_chance({"l_d1": 1.91, "lr": 1}, levels, True)
+        assert numbers == {"l_d1": 1.91, "l_d1_chance": 2.0, "lr": 1}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tb.beside_chance({"l_d1": 1.89}, levels, True)
+            tb.beside_chance({"l_d1": 1.91}, levels, False)
+
+    def test_nearest_neighbours_of_labelled_videos(self, chain, toy):
+        """Against a loop, on the features of stage 1."""
+        videos = tb.read_videos("toy", toy, True)
+        ids = np.arange(16)
+        backbone = tb.build_model("r3d_tiny", 8)
+        backbone.load_state_dict(load(chain, "inv")["model"])
+        args = argparse.Namespace(size=16, frames=8, stride=2, batch=4, workers=0,
+                                  precision="fp32")
+        share = tb.nearest_neighbours(backbone, videos, ids, args, torch.device("cpu"))
+        features = []
+        for i in ids:
+            frames = full_decode(videos.path(i))
+            clip = tb.decode_frames(videos.path(i), (len(frames) - 14) // 2 + 2 * np.arange(8), 20)
+            with torch.no_grad():
+                x = tb.to_input([tb.centre_crop(clip, 16)], backbone)
+                features.append(backbone.features(x)[0].mean(1))
+        right = 0
+        for i in ids:
+            others = [j for j in ids if j != i]
+            nearest = max(others, key=lambda j: F.cosine_similarity(features[i], features[j], 0))
+            right += videos.labels[nearest] == videos.labels[i]
+        assert 0 < right < 16 and share == right / 16
+
     @pytest.mark.parametrize("name", ["inv", "dist", "inv_ft", "dist_ft"])
     def test_teachers_carry_each_video_s_similarity(self, name, chain):
         saved = load(chain, name)

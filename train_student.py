@@ -11,6 +11,8 @@ labelled videos, and OUT/dist.pt, from which the student starts. Writes OUT/stud
                                      # the control: labels alone, for as many steps as the student
 """
 
+import warnings
+
 from common import (
     WEAK, Batches, Meter, Parser, Pool, State, UserError, augment_clips, autocast, build_model,
     combine_teachers, command, distillation_loss, draw, find_checkpoint, labeled_and_all_videos,
@@ -134,7 +136,12 @@ def score_videos(reweight, saved_teachers, names):
     score_of = dict(zip(known, similarity_score(c_inv, c_dist).tolist()))
     if absent := sum(name not in score_of for name in names):
         print0(f"{absent} videos could not be decoded after stage 1: their teachers count alike")
-    return torch.tensor([score_of.get(name, 0.5) for name in names])
+    score = torch.tensor([score_of.get(name, 0.5) for name in names])
+    print0(f"s of {len(names)} videos: {score.mean():.3f} ± {score.std():.3f}")
+    if score.std() < 0.02:
+        warnings.warn("the teachers find all videos alike, so TSTR weighs them alike, as "
+                      f"--reweight {score.mean():.2f} does: has stage 1 learnt anything?")
+    return score
 
 
 if __name__ == "__main__":
