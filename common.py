@@ -2109,13 +2109,15 @@ def defaults(data, stage):
     }
     if data == "toy":
         settings |= {
-            "size": 32,
+            "frames": 16,
+            "stride": 1,
+            "size": 24,
             "arch": "r3d_tiny",
-            "epochs": {"pretrain": 12, "finetune": 100, "student": 30}[stage],
-            "batch": 20 if ssl else 16,
+            "epochs": {"pretrain": 7, "finetune": 100, "student": 15}[stage],
+            "batch": 10 if ssl else 16,
             "lr": 3e-4 if stage == "finetune" else 1e-3,
             "warmup": 2,
-            "patience": {"pretrain": 5, "finetune": 25, "student": 15}[stage],
+            "patience": 25,
         }
     return settings
 

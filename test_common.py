@@ -1633,6 +1633,28 @@ class TestChain:
             # one test video a class
             assert r["top1"] == pytest.approx(np.mean(list(r["per_class"].values())))
 
+    def test_every_command_of_readme_s_tables_runs_in_order(self, chain, toy, tmp_path):
+        """Pasted one after the other into one folder: none is refused, each writes its own file."""
+        for name in ("inv", "dist", "inv_ft", "dist_ft", "student"):  # the first line's
+            shutil.copy(chain / f"{name}.pt", tmp_path)
+        scripts = {"pretrain_inv.py": pretrain_inv, "pretrain_dist.py": pretrain_dist,
+                   "finetune.py": finetune, "train_student.py": train_student}
+        text = Path(__file__).with_name("README.md").read_text()
+        rows = re.findall(r"^\| \d \(?.*?$", text, re.M)
+        commands = []
+        for row in rows:
+            commands += re.findall(r"`(\w+\.py [^`]*)`", row)
+        assert len(rows) == 20 and len(commands) == 27
+        for command in commands:
+            script, *flags = command.split()
+            if script.startswith("pretrain") and "--clips" not in flags:
+                flags += ["--clips", "2"]
+            before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
+            scripts[script].main([*TINY, "--root", str(toy), "--out", str(tmp_path), *flags])
+            assert before.items() <= {
+                path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}.items()
+        assert len(list(tmp_path.glob("*.pt"))) == 5 + 27 - 2  # two teachers were there
+
     def test_label_firewall(self, chain, toy, tmp_path, monkeypatch):
         """Labels that no stage may use are replaced, and nothing changes: of unlabelled videos
         once the subset is drawn, of all test videos."""
