@@ -1141,7 +1141,7 @@ def set_digest(names):
 
 # ---- The built-in set of toy videos --------------------------------------------------------------
 HEIGHT, WIDTH = 40, 56  # pixels of a frame
-TOY_COLOURS = np.array([(220, 60, 50), (60, 190, 80)])
+TOY_COLOURS = np.array([(220, 60, 50), (60, 190, 80), (60, 90, 220), (230, 200, 60)])
 TOY_PATTERNS = {  # of the object, over u, v in [-1, 1]; a repetitive class is told by its pattern
     "Stripes": lambda u, v: np.floor(2 * (u + 1)) % 2 == 0,
     "Checker": lambda u, v: (u > 0) == (v > 0),
@@ -1170,7 +1170,7 @@ def toy_clip(label, rng):
 
     Repetitive: an object of the class's pattern swings to and fro, at a period of 8 or 16 frames,
     so that any two clips of 16 frames look alike. Composite: an object of any pattern makes the
-    class's first movement, then, in the other scene and colour, its second."""
+    class's first movement, then, in the other scene and another colour, its second."""
     count = int(rng.integers(64, 97))
     patterns = list(TOY_PATTERNS.values())
     if label < len(patterns):
@@ -1184,7 +1184,7 @@ def toy_clip(label, rng):
         shots = [(first, cut), (second, count - cut)]
         radius = 11
     scene = rng.integers(2)
-    colour = rng.integers(2)
+    colours = rng.permutation(TOY_COLOURS)
     video = []
     for k, (move, length) in enumerate(shots):
         square = {"x": rng.uniform(24, 32), "y": rng.uniform(17, 23), "radius": radius}
@@ -1194,8 +1194,7 @@ def toy_clip(label, rng):
             square[rng.choice(["x", "y"])] += swing
         else:
             square |= TOY_PATHS[move](np.linspace(-1, 1, length))
-        video.append(paint_toy(square, length, pattern, TOY_COLOURS[(colour + k) % 2],
-                               (scene + k) % 2))
+        video.append(paint_toy(square, length, pattern, colours[k], (scene + k) % 2))
     return np.concatenate(video).astype(np.uint8)
 
 
