@@ -14,7 +14,7 @@ for s in 0 1 2 3 4 5 6 7 8 9; do                    # stage 1
     echo pretrain_dist.py $run
     echo pretrain_dist.py $run --invariant-weight 1
     echo pretrain_inv.py $run
-    [ $s -lt 3 ] || continue
+    [ $s -lt 3 ] || continue                        # table 5
     echo pretrain_dist.py $run --clips 2 --name dist_n2
     echo pretrain_inv.py $run --clips 2 --name inv_n2
 done | in_parallel
@@ -34,24 +34,25 @@ done | in_parallel
 
 for s in 0 1 2 3 4 5 6 7 8 9; do                    # stage 3
     run="train_student.py --seed $s --out $out$s"
-    random="$run --init none"
-    both="$run --init both.pt"
-    echo $random --name student_random_alone --teachers none --root data/study --subset-seed $s
-    echo $random --name student_random_inv --teachers inv_ft.pt
-    echo $random --name student_random_dist --teachers dist_ft.pt
-    echo $random --name student_random_mean --reweight mean
-    echo $random --name student_random
-    echo $both --name student_mean --reweight mean
-    echo $both --name student_tstr
-    [ $s -lt 3 ] || continue
+    echo $run --init none --name student_random
+    echo $run --init none --name student_random_mean --reweight mean
+    echo $run --init none --name student_random_inv --teachers inv_ft.pt
+    echo $run --init none --name student_random_dist --teachers dist_ft.pt
+    echo $run --init none --name student_random_alone --teachers none --subset-seed $s --root data/study
+    echo $run --init both.pt --name student_tstr
+    echo $run --init both.pt --name student_mean --reweight mean
+done | in_parallel
+
+for s in 0 1 2; do
+    run="train_student.py --seed $s --out $out$s"
     echo $run --name student_from_dist
-    echo $both --name student_inv --teachers inv_ft.pt
-    echo $both --name student_dist --teachers dist_ft.pt
-    echo $both --name student_inv_inv --teachers inv_ft.pt inv2_ft.pt --reweight mean
-    echo $both --name student_dist_dist --teachers dist_ft.pt dist2_ft.pt --reweight mean
-    echo $both --name student_inv_dist2 --teachers inv_ft.pt dist2_ft.pt --reweight mean
-    echo $both --name student_kl --teacher-loss kl
-    echo $both --name student_js --teacher-loss js
+    echo $run --init both.pt --name student_inv --teachers inv_ft.pt
+    echo $run --init both.pt --name student_dist --teachers dist_ft.pt
+    echo $run --init both.pt --name student_inv_inv --teachers inv_ft.pt inv2_ft.pt --reweight mean
+    echo $run --init both.pt --name student_dist_dist --teachers dist_ft.pt dist2_ft.pt --reweight mean
+    echo $run --init both.pt --name student_inv_dist2 --teachers inv_ft.pt dist2_ft.pt --reweight mean
+    echo $run --init both.pt --name student_kl --teacher-loss kl
+    echo $run --init both.pt --name student_js --teacher-loss js
 done | in_parallel
 
 torchrun --nproc-per-node "${PROCESSES:-2}" evaluate.py $out? --clips 5 --scales 1 --figures \
