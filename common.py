@@ -9,6 +9,7 @@ a run of many days needs: it knows of ranks, checkpoints and command lines."""
 
 import argparse
 import contextlib
+import csv
 import ctypes
 import functools
 import hashlib
@@ -789,66 +790,130 @@ def read_videos(data, root, train, split=1, pool="train"):
     pool: of hmdb51's training videos, "train" for those of the split, "all" for every one that is
     not a test video. Of `folder`, what lies under unlabeled/ is among the training videos, with
     label -1. UserError if the lists or over 5 % of the videos that they name are missing."""
-    if data in ("kinetics400", "folder"):
-        folder, classes, names = read_folders(data, Path(root), train)
-    elif data == "hmdb51":
-        folder, classes, names = read_hmdb51(Path(root), train, split, pool)
+    root = Path(root)
+    check_layout(data, root)
+    if data == "hmdb51":
+        folder, classes, class_of = read_hmdb51(root, train, split, pool)
+    elif data in ("ucf101", "toy"):
+        folder, classes, class_of = read_ucf101(root, train, split)
+    elif data == "kinetics400" and list_videos(root / "train"):
+        folder, classes, class_of = read_flat_kinetics(root, train)
     else:
-        folder, classes, names = read_ucf101(Path(root), train, split)  # toy, too
-    names = without_missing(names, folder)
+        folder, classes, class_of = read_folders(data, root, train)
+    names = without_missing(list(class_of), folder)
     if not names:
         raise UserError(f"{folder}: no {'training' if train else 'test'} videos")
     class_number = {c: k for k, c in enumerate(classes)}
-    labels = []
-    for name in names:
-        unlabeled = name.startswith("unlabeled/")
-        own_class = os.path.basename(os.path.dirname(name))
-        labels.append(-1 if unlabeled else class_number.get(own_class, -1))
+    labels = [class_number.get(class_of[name], -1) for name in names]
     if data != "folder" and -1 in labels:
         raise UserError(f"{names[labels.index(-1)]}: listed, but its class is not")
     return Videos(folder, names, labels, classes)
 
 
+LAYOUTS = {  # the folders that a root must hold
+    "toy": ("UCF-101", "ucfTrainTestlist"),
+    "ucf101": ("UCF-101", "ucfTrainTestlist"),
+    "hmdb51": ("hmdb51_org", "testTrainMulti_7030_splits"),
+    "kinetics400": ("train",),
+    "folder": ("train",),
+}
+ARCHIVES = (".rar", ".zip", ".gz", ".tgz", ".tar", ".7z")
+
+
+def check_layout(data, root):
+    """UserError unless the root holds the data set's folders, unpacked: one line that says what is
+    there instead, and what mends it."""
+    def complete(folder):
+        return all((folder / name).is_dir() for name in LAYOUTS[data])
+
+    def archives(folder):
+        return [name for name in list_folder(folder) if name.lower().endswith(ARCHIVES)]
+
+    missing = [name for name in LAYOUTS[data] if not (root / name).is_dir()]
+    if packed := [name for name in LAYOUTS[data] if name not in missing and archives(root / name)]:
+        folder = root / packed[0]
+        raise UserError(f"{folder} holds archives, such as {archives(folder)[0]}: unpack them "
+                        f"there: cd {folder} && for f in *.rar; do unrar x $f; done")
+    if not missing:
+        return
+    below = [name for name in list_folder(root) if complete(root / name)]
+    if complete(root.parent):
+        cure = f"give --root {root.parent}"
+    elif below:
+        cure = f"give --root {root / below[0]}"
+    elif packed := archives(root):
+        cure = f"unpack {packed[0]} there, as the README shows"
+    else:
+        cure = "the README shows the tree"
+    found = ", ".join(list_folder(root)[:5]) or "nothing"
+    raise UserError(f"{root} has no {' and no '.join(missing)}, but {found}: {cure}")
+
+
 def read_ucf101(root, train, split):
-    """Folder of the videos, classes and names by the official lists."""
+    """Folder of the videos, classes, and {name: class}, by the official lists."""
     lists = root / "ucfTrainTestlist"
     classes = [line.split()[-1] for line in read_lines(lists / "classInd.txt")]
     rows = read_lines(lists / f"{'train' if train else 'test'}list0{split}.txt")
-    return root / "UCF-101", classes, [row.split()[0] for row in rows]
+    names = [row.split()[0] for row in rows]
+    return root / "UCF-101", classes, {name: os.path.dirname(name) for name in names}
 
 
 def read_hmdb51(root, train, split, pool):
-    """Folder of the videos, classes and names by the official lists: a file for each class, whose
-    rows end in 1 (training), 2 (test) or 0 (neither)."""
+    """Folder of the videos, classes, and {name: class}, by the official lists: a file for each
+    class, whose rows end in 1 (training), 2 (test) or 0 (neither)."""
     lists = root / "testTrainMulti_7030_splits"
     ending = f"_test_split{split}.txt"
     codes = "2" if not train else "1" if pool == "train" else "01"
     classes = [f.removesuffix(ending) for f in list_folder(lists) if f.endswith(ending)]
-    names = []
+    class_of = {}
     for c in classes:
         for row in read_lines(lists / (c + ending)):
             file, code = row.rsplit(maxsplit=1)
             if code in codes:
-                names.append(f"{c}/{file}")
-    return root / "hmdb51_org", classes, names
+                class_of[f"{c}/{file}"] = c
+    return root / "hmdb51_org", classes, class_of
+
+
+def read_flat_kinetics(root, train):
+    """Folder of the videos, classes, and {name: class}, as k400_extractor.sh leaves them: all in
+    one folder, their classes in annotations/*.csv, by the eleven letters that a name begins with
+    (start and end may follow)."""
+    classes = {}  # id of a video: its class
+    for subset in ("train", "val"):
+        table = root / "annotations" / f"{subset}.csv"
+        if not table.exists():
+            raise UserError(f"{root / 'train'} holds videos, no folder for each class, and no "
+                            f"{table} tells their classes: wget -P {table.parent} "
+                            f"https://s3.amazonaws.com/kinetics/400/annotations/{subset}.csv")
+        for row in csv.DictReader(read_lines(table)):
+            classes[row["youtube_id"]] = row["label"]
+    subset = "train" if train else "val"
+    files = list_videos(root / subset)
+    class_of = {f"{subset}/{f}": classes[f[:11]] for f in files if f[:11] in classes}
+    if len(class_of) < len(files):
+        warnings.warn(f"{len(files) - len(class_of)} of {len(files)} videos in {root / subset} are "
+                      "in no row of annotations/*.csv, left out")
+    return root, sorted(set(classes.values())), class_of
 
 
 def read_folders(data, root, train):
-    """Folder of the videos, classes and names, where every class is a folder."""
+    """Folder of the videos, classes, and {name: class}, where every class is a folder."""
     test = "val" if data == "kinetics400" else "test"
     subset = "train" if train else test
     classes = [c for c in list_folder(root / "train") if (root / "train" / c).is_dir()]
-    names = []
+    class_of = {}
     for c in classes:
-        names += [f"{subset}/{c}/{file}" for file in list_videos(root / subset / c)]
+        for file in list_videos(root / subset / c):
+            class_of[f"{subset}/{c}/{file}"] = c
     if not train:
         folders = {c for c in list_folder(root / test) if (root / test / c).is_dir()}
         if odd := folders - set(classes):
             warnings.warn(f"{root / test} has classes that {root / 'train'} has not, left out: "
                           + ", ".join(sorted(odd)))
     if data == "folder" and train:
-        names += [os.path.relpath(path, root) for path in walk_videos(root / "unlabeled")]
-    return root, classes, names
+        for path in walk_videos(root / "unlabeled"):
+            class_of[os.path.relpath(path, root)] = None
+    return root, classes, class_of
 
 
 def without_missing(names, folder):
@@ -928,7 +993,10 @@ def read_labeled_list(path, videos):
         stem = file[:file.rfind(".")] if file.lower().endswith(SUFFIXES) else file
         return os.path.basename(folder).replace(" ", "").replace("_", "").lower(), stem
 
-    known = {key(videos.name(i)): int(i) for i in np.flatnonzero(videos.labels >= 0)}
+    known = {}
+    for i in np.flatnonzero(videos.labels >= 0).tolist():
+        file = os.path.basename(videos.name(i))
+        known[key(f"{videos.classes[videos.labels[i]]}/{file}")] = i
 
     def match(line):
         """The id of a line's video and the last number behind it, if there are such."""

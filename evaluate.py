@@ -329,12 +329,18 @@ def draw_figures(found, results, root):
         teachers = {name: classifiers[name] for name in TEACHERS}
         names, c_inv, c_dist = paired_similarity(teachers)
         s = similarity_score(c_inv, c_dist)
-        class_of = np.array([os.path.basename(os.path.dirname(name)) for name in names])
+        trained = classifiers[TEACHERS[0]]["args"]
+        videos = read_videos(trained["data"], root or trained["root"], True, trained["split"],
+                             trained["pool"])
+        label_of = dict(zip(videos.names(), videos.labels))
+        labels = torch.tensor([label_of[name] for name in names])
         per_class = {r["checkpoint"]: r["per_class"] for r in results[folder]}
         p_inv, p_dist = (per_class[name] for name in TEACHERS)
-        values.append([[s[class_of == c].mean(), p_inv[c], p_dist[c]] for c in p_inv])
+        mean_s = [s[labels == videos.classes.index(c)].mean() for c in p_inv]
+        values.append(list(zip(mean_s, p_inv.values(), p_dist.values())))
         if len(values) == 1:
-            similarity = draw_similarity(teachers["inv_ft.pt"], root, names, c_inv, c_dist, s)
+            clips = teachers["inv_ft.pt"]["similarity_clips"]
+            similarity = draw_similarity(videos.folder, clips, names, c_inv, c_dist, s)
     rows = []
     for c, (mean_s, inv, dist) in zip(p_inv, np.mean(values, 0)):
         rows.append((c, mean_s, inv, dist, inv - dist))
@@ -372,13 +378,12 @@ def draw_bars(bars):
     return image
 
 
-def draw_similarity(saved, root, names, c_inv, c_dist, s):
+def draw_similarity(folder, clips, names, c_inv, c_dist, s):
     """Figure 4: of the videos with the highest, median and lowest s the middle of each clip, and
-    both teachers' matrices."""
-    trained = saved["args"]
-    folder = read_videos(trained["data"], root or trained["root"], True, trained["split"],
-                         trained["pool"]).folder
-    n, frames, stride = saved["similarity_clips"]
+    both teachers' matrices.
+
+    clips: of each video n, their frames, and the stride."""
+    n, frames, stride = clips
     cell = 36  # pixels, of a matrix
     side = n * cell
     width = 48 * n  # of a frame

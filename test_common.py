@@ -1331,6 +1331,53 @@ class TestArchives:
         assert len(handstand) > 50
         assert {train.classes[train.labels[i]] for i in handstand} == {"HandstandPushups"}
 
+    @pytest.mark.parametrize("data, files, root, words", [
+        ("ucf101", ["UCF101.rar", "lists.zip"], "", ["no UCF-101 and no ucfTrainTestlist",
+                                                     "unpack UCF101.rar"]),
+        ("ucf101", ["UCF-101/Ring/v.avi", "ucfTrainTestlist/classInd.txt"], "UCF-101",
+         ["give --root ROOT"]),
+        ("ucf101", ["ucf/UCF-101/Ring/v.avi", "ucf/ucfTrainTestlist/classInd.txt"], "",
+         ["give --root ROOT/ucf"]),
+        ("hmdb51", ["hmdb51_org/cartwheel.rar", "testTrainMulti_7030_splits/x.txt"], "",
+         ["ROOT/hmdb51_org holds archives, such as cartwheel.rar", "unrar x"]),
+        ("kinetics400", ["videos/train/archery/x.mp4", "videos/val/archery/y.mp4"], "",
+         ["give --root ROOT/videos"]),
+        ("kinetics400", ["train/0123456789a_000001_000011.mp4", "val/y.mp4"], "",
+         ["no folder for each class", "wget -P ROOT/annotations"]),
+        ("folder", ["train/a/x.mp4"], "train", ["give --root ROOT"]),
+        ("folder", ["a/x.mp4"], "", ["no train, but a: the README"])])
+    def test_a_root_that_is_something_else_is_told(self, data, files, root, words, tmp_path):
+        """An archive, one level too many or too few: one line that says what is there, and what
+        mends it."""
+        stand_in(tmp_path, files)
+        with pytest.raises(tb.UserError) as error:
+            tb.read_videos(data, tmp_path / root, True)
+        for word in words:
+            assert word.replace("ROOT", str(tmp_path)) in str(error.value)
+        assert "\n" not in str(error.value)
+
+    def test_kinetics_as_its_extractor_leaves_it(self, tmp_path):
+        """Flat: the classes come from annotations/*.csv. Some copies lack start and end."""
+        stand_in(tmp_path, ["train/-abcdefghij_000001_000011.mp4", "train/0123456789a.mp4",
+                            "train/unknown-id1_000001_000011.mp4",
+                            "val/bbbbbbbbbbb_000005_000015.mp4"])
+        (tmp_path / "annotations").mkdir()
+        header = "label,youtube_id,time_start,time_end,split,is_cc\n"
+        (tmp_path / "annotations/train.csv").write_text(
+            header + "baking cookies,-abcdefghij,1,11,train,0\narchery,0123456789a,2,12,train,0\n"
+            "archery,not-present,2,12,train,0\n")
+        (tmp_path / "annotations/val.csv").write_text(
+            header + '"baking cookies",bbbbbbbbbbb,5,15,val,0\n')
+        with pytest.warns(UserWarning, match="1 of 3 videos in .*train are in no row"):
+            train = tb.read_videos("kinetics400", tmp_path, True)
+        test = tb.read_videos("kinetics400", tmp_path, False)
+        assert train.names() == ["train/-abcdefghij_000001_000011.mp4", "train/0123456789a.mp4"]
+        assert train.classes == test.classes == ["archery", "baking cookies"]
+        assert train.labels.tolist() == [1, 0] and test.labels.tolist() == [1]
+
+        (tmp_path / "list.txt").write_text("archery/0123456789a.mp4 0\n")
+        assert tb.read_labeled_list(tmp_path / "list.txt", train).tolist() == [1]
+
     def test_hmdb51_has_its_official_split(self, hmdb51):
         train = tb.read_videos("hmdb51", hmdb51, True)
         test = tb.read_videos("hmdb51", hmdb51, False)
