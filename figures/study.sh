@@ -41,11 +41,11 @@ for s in 0 1 2 3 4 5 6 7 8 9; do                    # stage 3
     echo $run --init none --name student_random_alone --teachers none --subset-seed $s --root data/study
     echo $run --init both.pt --name student_tstr
     echo $run --init both.pt --name student_mean --reweight mean
+    echo $run --name student
 done | in_parallel
 
 for s in 0 1 2; do
     run="train_student.py --seed $s --out $out$s"
-    echo $run --name student_from_dist
     echo $run --init both.pt --name student_inv --teachers inv_ft.pt
     echo $run --init both.pt --name student_dist --teachers dist_ft.pt
     echo $run --init both.pt --name student_inv_inv --teachers inv_ft.pt inv2_ft.pt --reweight mean
