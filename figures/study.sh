@@ -1,59 +1,49 @@
 #!/bin/sh
-# The paper's tables on toy videos: tables 2 and 3 over ten seeds, the other rows over three. Each
-# seed has other labelled videos, too. Begun again, it goes on. From the repository's root:
+# The paper's tables on toy videos: table 3 and the default student over ten seeds, the other rows
+# over three. Each seed has other labelled videos, too. Begun again, it goes on. From the
+# repository's root:
 #
-#     sh figures/study.sh                 # two processes at a time; PROCESSES=8 for eight
+#     sh figures/study.sh                 # two seeds at a time; PROCESSES=8 for eight
 set -e
 export OMP_NUM_THREADS=1
-in_parallel() { xargs -P "${PROCESSES:-2}" -I{} sh -c "python {} --workers 0"; }
-out=runs/study-
-python -c "import common; common.render_toy('data/study', test=1000)"
+if [ $# = 0 ]; then
+    python -c "import common; common.render_toy('data/study', test=1000)"
+    seq 0 9 | xargs -P "${PROCESSES:-2}" -I{} sh "$0" {}
+    torchrun --nproc-per-node "${PROCESSES:-2}" evaluate.py runs/study-? --clips 5 --scales 1 \
+        --figures --against labeled_only.pt student_random_alone.pt student_random_mean.pt \
+        student_mean.pt
+    exit
+fi
 
-for s in 0 1 2 3 4 5 6 7 8 9; do                    # stage 1
-    run="--root data/study --seed $s --out $out$s"
-    echo pretrain_dist.py $run
-    echo pretrain_dist.py $run --invariant-weight 1
-    echo pretrain_inv.py $run
-    [ $s -lt 3 ] || continue                        # table 5
-    echo pretrain_dist.py $run --clips 2 --name dist_n2
-    echo pretrain_inv.py $run --clips 2 --name inv_n2
-done | in_parallel
+seed=$1
+ssl="--root data/study --seed $seed --out runs/study-$seed --workers 0"
+run="--seed $seed --subset-seed $seed --out runs/study-$seed --workers 0"
+python pretrain_inv.py $ssl
+python pretrain_dist.py $ssl
+python finetune.py $run
+python finetune.py $run --root data/study --init none --lr 1e-3
+python train_student.py $run
+python train_student.py $run --name student_mean --reweight mean
+python train_student.py $run --init none --name student_random
+python train_student.py $run --init none --name student_random_mean --reweight mean
+python train_student.py $run --init none --name student_random_inv --teachers inv_ft.pt
+python train_student.py $run --init none --name student_random_dist --teachers dist_ft.pt
+python train_student.py $run --init none --name student_random_alone --teachers none --root data/study
+[ $seed -lt 3 ] || exit 0
 
-for s in 0 1 2; do                              # second teachers: those of the next seed
-    cp $out$((s + 1))/inv.pt $out$s/inv2.pt
-    cp $out$((s + 1))/dist.pt $out$s/dist2.pt
-done
-
-for s in 0 1 2 3 4 5 6 7 8 9; do                    # stage 2
-    run="finetune.py --seed $s --subset-seed $s --out $out$s"
-    echo $run --root data/study --init none --lr 1e-3
-    echo $run --init inv.pt dist.pt both.pt
-    [ $s -lt 3 ] || continue
-    echo $run --init inv2.pt dist2.pt inv_n2.pt dist_n2.pt
-done | in_parallel
-
-for s in 0 1 2 3 4 5 6 7 8 9; do                    # stage 3
-    run="train_student.py --seed $s --out $out$s"
-    echo $run --init none --name student_random
-    echo $run --init none --name student_random_mean --reweight mean
-    echo $run --init none --name student_random_inv --teachers inv_ft.pt
-    echo $run --init none --name student_random_dist --teachers dist_ft.pt
-    echo $run --init none --name student_random_alone --teachers none --subset-seed $s --root data/study
-    echo $run --init both.pt --name student_tstr
-    echo $run --init both.pt --name student_mean --reweight mean
-    echo $run --name student
-done | in_parallel
-
-for s in 0 1 2; do
-    run="train_student.py --seed $s --out $out$s"
-    echo $run --init both.pt --name student_inv --teachers inv_ft.pt
-    echo $run --init both.pt --name student_dist --teachers dist_ft.pt
-    echo $run --init both.pt --name student_inv_inv --teachers inv_ft.pt inv2_ft.pt --reweight mean
-    echo $run --init both.pt --name student_dist_dist --teachers dist_ft.pt dist2_ft.pt --reweight mean
-    echo $run --init both.pt --name student_inv_dist2 --teachers inv_ft.pt dist2_ft.pt --reweight mean
-    echo $run --init both.pt --name student_kl --teacher-loss kl
-    echo $run --init both.pt --name student_js --teacher-loss js
-done | in_parallel
-
-torchrun --nproc-per-node "${PROCESSES:-2}" evaluate.py $out? --clips 5 --scales 1 --figures \
-    --against student_random_alone.pt student_random_mean.pt student_mean.pt student_tstr.pt
+python pretrain_dist.py $ssl --invariant-weight 1
+python pretrain_inv.py $ssl --clips 2 --name inv_n2
+python pretrain_dist.py $ssl --clips 2 --name dist_n2
+python pretrain_inv.py $ssl --seed $((seed + 10)) --name inv2
+python pretrain_dist.py $ssl --seed $((seed + 10)) --name dist2
+python finetune.py $run --init both.pt inv_n2.pt dist_n2.pt inv2.pt dist2.pt
+both="train_student.py $run --init both.pt"
+python $both --name student_both
+python $both --name student_both_mean --reweight mean
+python $both --name student_both_inv --teachers inv_ft.pt
+python $both --name student_both_dist --teachers dist_ft.pt
+python $both --name student_inv_inv --teachers inv_ft.pt inv2_ft.pt --reweight mean
+python $both --name student_dist_dist --teachers dist_ft.pt dist2_ft.pt --reweight mean
+python $both --name student_inv_dist2 --teachers inv_ft.pt dist2_ft.pt --reweight mean
+python $both --name student_kl --teacher-loss kl
+python $both --name student_js --teacher-loss js
