@@ -1196,9 +1196,7 @@ def report_labeled(videos, labeled, out):
         without = [videos.classes[c] for c in np.flatnonzero(counts == 0)]
         print0("warning: no labelled video of " + ", ".join(without))
     rows = [f"{name} {label}\n" for name, label in zip(names, videos.labels[labeled])]
-    content = os.fsencode("".join(rows))
-    if rank() == 0:
-        write_atomically(Path(out) / "labeled.txt", lambda file: file.write(content))
+    write_bytes(Path(out) / "labeled.txt", os.fsencode("".join(rows)))
 
 
 def set_digest(names):
@@ -1312,10 +1310,9 @@ def render_toy(root, train=400, test=200, seed=0):
         "trainlist01": rows[test:],
     }
     for name, lines in lists.items():
-        content = "".join(f"{line}\n" for line in lines).encode()
-        path = root / "ucfTrainTestlist" / f"{name}.txt"
-        write_atomically(path, lambda file: file.write(content))
-    write_atomically(done, lambda file: file.write(json.dumps(settings).encode()))
+        text = "".join(f"{line}\n" for line in lines)
+        write_bytes(root / "ucfTrainTestlist" / f"{name}.txt", text.encode())
+    write_bytes(done, json.dumps(settings).encode())
 
 
 def encode_video(file, frames, fps=25):
@@ -1767,9 +1764,7 @@ class State:
         print0(f"wrote {self.path}")
 
     def write_log(self, lines):
-        if rank() == 0:
-            content = "".join(f"{line}\n" for line in lines).encode()
-            write_atomically(self.log_path, lambda file: file.write(content))
+        write_bytes(self.log_path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def describe_command():
@@ -1974,6 +1969,12 @@ def write_atomically(path, write):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def write_bytes(path, content):
+    """write_atomically, on rank 0 alone, for what is already there as bytes."""
+    if rank() == 0:
+        write_atomically(path, lambda file: file.write(content))
 
 
 def read_checkpoint(path, stages=None, with_optimizer=False):

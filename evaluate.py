@@ -28,7 +28,8 @@ from common import (
     Parser, UserError, Videos, autocast, centre_crop, combine_teachers, command, decode_frames,
     find_checkpoint, load_classifier, load_embedder, map_videos, paired_similarity, print0, ranged,
     rank, read_checkpoint, read_videos, settle_arguments, similarity_score, spaced_clips, start,
-    to_input, video_similarity, walk_videos, write_atomically)  # before torch: see its imports
+    to_input, video_similarity, walk_videos, write_atomically,
+    write_bytes)  # before torch: see its imports
 
 import torch
 
@@ -247,19 +248,15 @@ def predict(args, device):
         predictions.append({"video": name, "top5": top5, "error": unreadable.get(i)})
         text = ", ".join(f"{c} {100 * p:.1f} %" for c, p in top5.items())
         print0(f"{name}:", text or "cannot be decoded")
-    if rank() == 0:
-        text = json.dumps(predictions, indent=1, ensure_ascii=False)
-        content = text.encode(errors="surrogateescape")
-        write_atomically(args.checkpoint.with_name("predictions.json"),
-                         lambda file: file.write(content))
+    text = json.dumps(predictions, indent=1, ensure_ascii=False)
+    write_bytes(args.checkpoint.with_name("predictions.json"),
+                text.encode(errors="surrogateescape"))
 
 
 # ---- Tables --------------------------------------------------------------------------------------
 def save_results(folder, results):
     """Write a folder's results.json and print it as a table."""
-    if rank() == 0:
-        content = json.dumps(results, indent=1).encode()
-        write_atomically(folder / "results.json", lambda file: file.write(content))
+    write_bytes(folder / "results.json", json.dumps(results, indent=1).encode())
     rows = []
     for r in results:
         name = r["checkpoint"]

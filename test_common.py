@@ -1890,9 +1890,9 @@ class TestEvaluation:
         right = 0
         for i in range(8):
             p = 0
-            # two clips of 8 frames at stride 2, first and last
-            for start in (0, len(full_decode(videos.path(i))) - 15):
-                clip = tb.decode_frames(videos.path(i), range(start, start + 15, 2), short_side=20)
+            # two clips of 8 frames, first and last
+            for start in (0, len(full_decode(videos.path(i))) - 8):
+                clip = tb.decode_frames(videos.path(i), range(start, start + 8), short_side=20)
                 for scale in (1.0, 0.8, 0.7):
                     x = tb.to_input([tb.centre_crop(clip, 16, scale)], model)
                     with torch.no_grad():
