@@ -791,13 +791,11 @@ def read_videos(data, root, train, split=1, pool="train"):
     not a test video. Of `folder`, what lies under unlabeled/ is among the training videos, with
     label -1. UserError if the lists or over 5 % of the videos that they name are missing."""
     root = Path(root)
-    check_layout(data, root)
+    check_tree(data, root)
     if data == "hmdb51":
         folder, classes, class_of = read_hmdb51(root, train, split, pool)
     elif data in ("ucf101", "toy"):
         folder, classes, class_of = read_ucf101(root, train, split)
-    elif data == "kinetics400" and list_videos(root / "train"):
-        folder, classes, class_of = read_flat_kinetics(root, train)
     else:
         folder, classes, class_of = read_folders(data, root, train)
     names = without_missing(list(class_of), folder)
@@ -810,43 +808,41 @@ def read_videos(data, root, train, split=1, pool="train"):
     return Videos(folder, names, labels, classes)
 
 
-LAYOUTS = {  # the folders that a root must hold
+TREES = {  # the folders that a root must hold, if not "train": videos, lists
     "toy": ("UCF-101", "ucfTrainTestlist"),
     "ucf101": ("UCF-101", "ucfTrainTestlist"),
     "hmdb51": ("hmdb51_org", "testTrainMulti_7030_splits"),
-    "kinetics400": ("train",),
-    "folder": ("train",),
 }
-ARCHIVES = (".rar", ".zip", ".gz", ".tgz", ".tar", ".7z")
+UNPACK = {".rar": "unrar x -o- $f {}/", ".zip": "unzip -n $f -d {}", ".tar.gz": "tar xf $f -C {}"}
 
 
-def check_layout(data, root):
-    """UserError unless the root holds the data set's folders, unpacked: one line that says what is
-    there instead, and what mends it."""
-    def complete(folder):
-        return all((folder / name).is_dir() for name in LAYOUTS[data])
-
-    def archives(folder):
-        return [name for name in list_folder(folder) if name.lower().endswith(ARCHIVES)]
-
-    missing = [name for name in LAYOUTS[data] if not (root / name).is_dir()]
-    if packed := [name for name in LAYOUTS[data] if name not in missing and archives(root / name)]:
-        folder = root / packed[0]
-        raise UserError(f"{folder} holds archives, such as {archives(folder)[0]}: unpack them "
-                        f"there: cd {folder} && for f in *.rar; do unrar x $f; done")
+def check_tree(data, root):
+    """UserError unless the root holds the data set's folders."""
+    needed = TREES.get(data, ("train",))
+    missing = [name for name in needed if not (root / name).is_dir()]
     if not missing:
         return
-    below = [name for name in list_folder(root) if complete(root / name)]
-    if complete(root.parent):
-        cure = f"give --root {root.parent}"
-    elif below:
-        cure = f"give --root {root / below[0]}"
-    elif packed := archives(root):
-        cure = f"unpack {packed[0]} there, as the README shows"
-    else:
-        cure = "the README shows the tree"
-    found = ", ".join(list_folder(root)[:5]) or "nothing"
-    raise UserError(f"{root} has no {' and no '.join(missing)}, but {found}: {cure}")
+    found = list_folder(root)
+    mend = ""
+    if (root / needed[-1]).is_dir() and any(list_videos(root / name) for name in found):
+        mend = f"ln -s . {root / needed[0]}"  # the folders of the classes lie in the root
+    for folder in (root.parent, *map(root.joinpath, found)):
+        if all((folder / name).is_dir() for name in needed):
+            mend = f"give --root {folder}"
+    raise UserError(f"{root} has no {' and no '.join(missing)}; {it_holds(root, mend)}")
+
+
+def it_holds(folder, mend=""):
+    """The end of an error: what a folder holds, and the command that mends it."""
+    names = list_folder(folder)
+    commands = []
+    for suffix, command in UNPACK.items():
+        if any(name.endswith(suffix) for name in names):
+            commands.append(f"for f in {folder}/*{suffix}; do {command.format(folder)}; done")
+    if folder.name in names:  # unpacked a level too deep
+        commands.append(f"mv {folder}/{folder.name}/* {folder}")
+    mend = mend or "; ".join(commands) or "the README shows the tree"
+    return f"it holds {', '.join(names[:3]) or 'nothing'}: {mend}"
 
 
 def read_ucf101(root, train, split):
@@ -874,46 +870,45 @@ def read_hmdb51(root, train, split, pool):
     return root / "hmdb51_org", classes, class_of
 
 
-def read_flat_kinetics(root, train):
-    """Folder of the videos, classes, and {name: class}, as k400_extractor.sh leaves them: all in
-    one folder, their classes in annotations/*.csv, by the eleven letters that a name begins with
-    (start and end may follow)."""
-    classes = {}  # id of a video: its class
-    for subset in ("train", "val"):
-        table = root / "annotations" / f"{subset}.csv"
-        if not table.exists():
-            raise UserError(f"{root / 'train'} holds videos, no folder for each class, and no "
-                            f"{table} tells their classes: wget -P {table.parent} "
-                            f"https://s3.amazonaws.com/kinetics/400/annotations/{subset}.csv")
-        for row in csv.DictReader(read_lines(table)):
-            classes[row["youtube_id"]] = row["label"]
-    subset = "train" if train else "val"
-    files = list_videos(root / subset)
-    class_of = {f"{subset}/{f}": classes[f[:11]] for f in files if f[:11] in classes}
-    if len(class_of) < len(files):
-        warnings.warn(f"{len(files) - len(class_of)} of {len(files)} videos in {root / subset} are "
-                      "in no row of annotations/*.csv, left out")
-    return root, sorted(set(classes.values())), class_of
-
-
 def read_folders(data, root, train):
-    """Folder of the videos, classes, and {name: class}, where every class is a folder."""
-    test = "val" if data == "kinetics400" else "test"
-    subset = "train" if train else test
-    classes = [c for c in list_folder(root / "train") if (root / "train" / c).is_dir()]
+    """Folder of the videos, classes, and {name: class}, where every class is a folder; or Kinetics
+    as k400_extractor.sh leaves it, without such folders."""
+    subset = "train" if train else "val" if data == "kinetics400" else "test"
+    classes = subfolders(root / "train")
     class_of = {}
+    if data == "kinetics400" and not classes and list_videos(root / "train"):
+        classes = sorted(set(read_kinetics_labels(root, "train").values()))
+        label_of = read_kinetics_labels(root, subset)
+        files = list_videos(root / subset)
+        class_of = {f"{subset}/{f}": label_of[f[:11]] for f in files if f[:11] in label_of}
+        if len(class_of) < len(files):
+            warnings.warn(f"{len(files) - len(class_of)} of {len(files)} videos in {root / subset} "
+                          f"are in no row of {subset}.csv, left out")
     for c in classes:
         for file in list_videos(root / subset / c):
             class_of[f"{subset}/{c}/{file}"] = c
-    if not train:
-        folders = {c for c in list_folder(root / test) if (root / test / c).is_dir()}
-        if odd := folders - set(classes):
-            warnings.warn(f"{root / test} has classes that {root / 'train'} has not, left out: "
-                          + ", ".join(sorted(odd)))
+    if odd := set(subfolders(root / subset)) - set(classes):
+        warnings.warn(f"{root / subset} has classes that {root / 'train'} has not, left out: "
+                      + ", ".join(sorted(odd)))
     if data == "folder" and train:
         for path in walk_videos(root / "unlabeled"):
             class_of[os.path.relpath(path, root)] = None
+    if not class_of:
+        raise UserError(f"{root / subset}: no {'training' if train else 'test'} videos; "
+                        f"{it_holds(root / subset)}")
     return root, classes, class_of
+
+
+def read_kinetics_labels(root, subset):
+    """{id, the first eleven letters of a file's name: label}, from annotations/*.csv."""
+    table = root / "annotations" / f"{subset}.csv"
+    rows = list(csv.DictReader(read_lines(table))) if table.exists() else []
+    if not rows or not {"label", "youtube_id"} <= rows[0].keys():
+        raise UserError(
+            f"{root / subset} has no folders of classes, and {table} no columns label and "
+            f"youtube_id: mkdir -p {table.parent}; wget -O {table} "
+            f"https://s3.amazonaws.com/kinetics/400/annotations/{subset}.csv")
+    return {row["youtube_id"]: row["label"] for row in rows}
 
 
 def without_missing(names, folder):
@@ -928,9 +923,14 @@ def without_missing(names, folder):
     report = (f"{len(missing)} of {len(names)} listed videos are not in {folder}, such as "
               + ", ".join(missing[:3]))
     if len(missing) > 0.05 * len(names):
-        raise UserError(report)
+        raise UserError(f"{report}; {it_holds(folder)}")
     warnings.warn(report)
     return sorted(set(names) - set(missing))
+
+
+def subfolders(folder):
+    entries = os.scandir(folder) if os.path.isdir(folder) else ()
+    return sorted(e.name for e in entries if e.is_dir())
 
 
 def list_folder(folder):

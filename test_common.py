@@ -34,6 +34,7 @@ import time
 import traceback
 import warnings
 import weakref
+import zipfile
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -1302,6 +1303,162 @@ def published(request, real_data, tmp_path_factory):
                            listed=[line.split()[0] for line in rows(path)], text=text)
 
 
+def small_tree(data, root):
+    """A data set of two classes, two videos each for training and one for testing, as its scripts
+    read it; a video's file holds its name -> root."""
+    files = {}
+    for c in ("brush hair" if data == "kinetics400" else "brush_hair", "wave"):
+        videos = [f"{c}/v_{c}_{k}.avi" for k in range(3)]
+        if data == "ucf101":
+            files |= {f"UCF-101/{video}": video for video in videos}
+        elif data == "hmdb51":
+            files |= {f"hmdb51_org/{video}": video for video in videos}
+            lines = [f"{os.path.basename(v)} {code} \n" for v, code in zip(videos, "112")]
+            files[f"testTrainMulti_7030_splits/{c}_test_split1.txt"] = "".join(lines)
+        else:
+            test = "test" if data == "folder" else "val"
+            for part, video in zip(("train", "train", test), videos):
+                files[f"{part}/{video[:-4]}.mp4"] = video
+    if data == "ucf101":
+        files["ucfTrainTestlist/classInd.txt"] = "1 brush_hair\n2 wave\n"
+        for part, wanted in [("train", "01"), ("test", "2")]:
+            lines = [f"{c}/v_{c}_{k}.avi\n" for c in ("brush_hair", "wave") for k in wanted]
+            files[f"ucfTrainTestlist/{part}list01.txt"] = "".join(lines)
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def contents_of(data, root):
+    """What the training and test videos are, whatever their names."""
+    contents = []
+    for train in (True, False):
+        videos = tb.read_videos(data, root, train)
+        files = [Path(videos.path(i)).read_text() for i in range(len(videos))]
+        contents.append((videos.classes, sorted(zip(files, videos.labels.tolist()))))
+    return contents
+
+
+def refusal(data, root):
+    """The line that says why a root cannot be read; None if it can."""
+    try:
+        contents_of(data, root)
+    except tb.UserError as error:
+        return str(error)
+
+
+def pack(path, top, pattern):
+    """An archive of the files of a folder; the endings .rar and .tar.gz stand for what they say."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(top.glob(pattern)):
+            archive.write(file, file.relative_to(top))
+
+
+def make_archives(data, root, folder, form="folders"):
+    """What the sites of a data set would give for the tree under root."""
+    if data == "ucf101":
+        pack(folder / "UCF101.rar", root, "UCF-101/*/*")
+        pack(folder / "UCF101TrainTestSplits-RecognitionTask.zip", root, "ucfTrainTestlist/*")
+    elif data == "hmdb51":
+        classes = folder / "classes"
+        for c in os.listdir(root / "hmdb51_org"):
+            pack(classes / f"{c}.rar", root / "hmdb51_org", f"{c}/*")
+            shutil.copy(classes / f"{c}.rar", classes / f"{c}.zip")
+        pack(folder / "hmdb51_org.rar", classes, "*.rar")
+        if form == "folders":
+            pack(folder / "hmdb51_org.zip", root, "hmdb51_org/*/*")
+        else:
+            pack(folder / "hmdb51_org.zip", classes, form)
+        pack(folder / "test_train_splits.zip", root, "testTrainMulti_7030_splits/*")
+    elif data == "kinetics400":
+        make_flat_kinetics(root, folder, corrupt=form == "corrupt")
+
+
+def make_flat_kinetics(root, folder, corrupt):
+    """The archives of Kinetics400 and the scripts that fetch and unpack them.
+
+    corrupt: so is the training video that is among the replacements."""
+    flat = folder / "flat"
+    for part in ("train", "val"):
+        (flat / part).mkdir(parents=True)
+        rows = ["label,youtube_id,time_start,time_end,split,is_cc"]
+        for k, video in enumerate(sorted((root / part).glob("*/*"))):
+            name = f"{part:-<5}{k:06d}"
+            shutil.copy(video, flat / part / f"{name}_000001_000011.mp4")
+            rows.append(f'"{video.parent.name}",{name},1,11,{part},0')
+        (folder / f"{part}.csv").write_text("\n".join(rows))
+    replaced = flat / "replacement_for_corrupted_k400/train000000_000001_000011.mp4"
+    replaced.parent.mkdir()
+    shutil.copy(flat / "train" / replaced.name, replaced)
+    if corrupt:
+        (flat / "train" / replaced.name).write_text("corrupt")
+    targz = folder / "k400_targz"
+    pack(targz / "train/part_0.tar.gz", flat / "train", "*")
+    pack(targz / "val/part_0.tar.gz", flat / "val", "*")
+    pack(targz / "replacement/r.tgz", flat, "replacement*/*")
+    scripts = folder / "kinetics-dataset"
+    scripts.mkdir()
+    (scripts / "k400_downloader.sh").write_text(
+        "mkdir -p k400/annotations; cp -r $ARCHIVES/k400_targz .; "
+        "cp $ARCHIVES/*.csv k400/annotations")
+    (scripts / "k400_extractor.sh").write_text(
+        "for s in train val replacement; do mkdir k400/$s; "
+        "tar xf k400_targz/$s/*gz -C k400/$s; done")
+
+
+# In the place of these programs: no network, and rar and tar files that are zip files.
+UNPACKER = """
+args=()
+for a in "$@"; do case $a in -*|x|xf) ;; *) args+=("$a");; esac; done
+exec PYTHON -m zipfile -e "${args[0]}" "${args[1]:-.}"
+"""
+PROGRAMS = {"unrar": UNPACKER, "unzip": UNPACKER, "tar": UNPACKER, "wget": """
+to=.
+while [ $# -gt 0 ]; do
+    case $1 in -O) to=$2; shift;; -*) ;; *) cp "$ARCHIVES/${1##*/}" $to || exit;; esac
+    shift
+done
+""", "git": """cp -r "$ARCHIVES/${2##*/}" ."""}
+
+
+def run_lines(lines, folder):
+    """Runs lines of a shell in a folder, with folder/archives for the net."""
+    programs = folder / "programs"
+    programs.mkdir(exist_ok=True)
+    for name, text in PROGRAMS.items():
+        (programs / name).write_text("#!/bin/bash\n" + text.replace("PYTHON", sys.executable))
+        (programs / name).chmod(0o755)
+    env = os.environ | {"ARCHIVES": str(folder / "archives"),
+                        "PATH": f"{programs}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-ec", lines], cwd=folder, env=env, check=True)
+
+
+STATES = {  # how a root comes about that cannot be read, from a whole one; and which it is
+    "ucf101": {
+        "archives": ("rm -r root/*; cp archives/* root", "root"),
+        "lists archived": ("rm -r root/ucf*; cp archives/* root", "root"),
+        "folder of the videos": ("", "root/UCF-101"),
+        "level above": ("mkdir up; mv root up", "up"),
+        "level too deep": ("mv root/UCF-101 x; mkdir root/UCF-101; mv x root/UCF-101/UCF-101",
+                           "root"),
+        "classes in the root": ("mv root/UCF-101/* root; rmdir root/UCF-101", "root")},
+    "hmdb51": {
+        "archives of classes": (
+            "rm -r root/hmdb51_org/*; cp archives/classes/*.rar root/hmdb51_org", "root"),
+        "archives of classes in the root": (
+            "rm -r root/hmdb51_org; cp archives/classes/*.rar root", "root"),
+        "archive of archives": ("rm -r root/*; cp archives/*.rar archives/test*.zip root", "root"),
+        "archives": ("rm -r root/*; cp archives/*.zip root", "root")},
+    "kinetics400": {
+        "flat": ("rm -r root/*; cp -r archives/flat/{train,val} root", "root"),
+        "archives": ("rm -r root/*; cp -r archives/k400_targz/* root", "root"),
+        "folder of a part": ("", "root/train"),
+        "level above": ("mkdir up; mv root up/videos", "up")},
+    "folder": {"folder of a part": ("", "root/train")}}
+
+
 def ucf101_with_ten_missing(root):
     """A list of 200 videos, of which the first ten are not there -> names of those that are."""
     names = [f"Ring/v{i}.avi" for i in range(200)]
@@ -1331,52 +1488,71 @@ class TestArchives:
         assert len(handstand) > 50
         assert {train.classes[train.labels[i]] for i in handstand} == {"HandstandPushups"}
 
-    @pytest.mark.parametrize("data, files, root, words", [
-        ("ucf101", ["UCF101.rar", "lists.zip"], "", ["no UCF-101 and no ucfTrainTestlist",
-                                                     "unpack UCF101.rar"]),
-        ("ucf101", ["UCF-101/Ring/v.avi", "ucfTrainTestlist/classInd.txt"], "UCF-101",
-         ["give --root ROOT"]),
-        ("ucf101", ["ucf/UCF-101/Ring/v.avi", "ucf/ucfTrainTestlist/classInd.txt"], "",
-         ["give --root ROOT/ucf"]),
-        ("hmdb51", ["hmdb51_org/cartwheel.rar", "testTrainMulti_7030_splits/x.txt"], "",
-         ["ROOT/hmdb51_org holds archives, such as cartwheel.rar", "unrar x"]),
-        ("kinetics400", ["videos/train/archery/x.mp4", "videos/val/archery/y.mp4"], "",
-         ["give --root ROOT/videos"]),
-        ("kinetics400", ["train/0123456789a_000001_000011.mp4", "val/y.mp4"], "",
-         ["no folder for each class", "wget -P ROOT/annotations"]),
-        ("folder", ["train/a/x.mp4"], "train", ["give --root ROOT"]),
-        ("folder", ["a/x.mp4"], "", ["no train, but a: the README"])])
-    def test_a_root_that_is_something_else_is_told(self, data, files, root, words, tmp_path):
-        """An archive, one level too many or too few: one line that says what is there, and what
-        mends it."""
-        stand_in(tmp_path, files)
-        with pytest.raises(tb.UserError) as error:
-            tb.read_videos(data, tmp_path / root, True)
-        for word in words:
-            assert word.replace("ROOT", str(tmp_path)) in str(error.value)
-        assert "\n" not in str(error.value)
+    @pytest.mark.parametrize("data, state", [
+        (data, state) for data, states in STATES.items() for state in states])
+    def test_a_root_in_another_state_is_told_what_mends_it(self, data, state, tmp_path):
+        """Archives, or a level too many or too few: one line that ends in what mends it, again
+        until all is well."""
+        want = small_tree(data, tmp_path / "whole/root")
+        make_archives(data, want, tmp_path / "archives")
+        shutil.copytree(want, tmp_path / "root")
+        make, root = STATES[data][state]
+        run_lines(make, tmp_path)
+        root = tmp_path / root
+        told = []
+        while line := refusal(data, root):
+            assert "\n" not in line and line not in told
+            told.append(line)
+            mend = line.rsplit(": ", 1)[1]
+            if mend.startswith("give --root "):
+                root = Path(mend.removeprefix("give --root "))
+            else:
+                run_lines(mend, tmp_path)
+        assert told and contents_of(data, root) == contents_of(data, want)
 
-    def test_kinetics_as_its_extractor_leaves_it(self, tmp_path):
-        """Flat: the classes come from annotations/*.csv. Some copies lack start and end."""
+    @pytest.mark.parametrize("data, files, words", [
+        ("kinetics400", ["a/x.mp4"], "ROOT has no train; it holds a: the README"),
+        ("folder", ["train/a/x.txt"], "ROOT/train: no training videos; it holds a: the README"),
+        ("hmdb51", ["hmdb51_org/x/y.avi"], "no testTrainMulti_7030_splits; it holds hmdb51_org: "),
+        ("ucf101", [], "no UCF-101 and no ucfTrainTestlist; it holds nothing: the README shows")])
+    def test_a_root_that_no_command_mends_is_told(self, data, files, words, tmp_path):
+        stand_in(tmp_path, files)
+        assert words.replace("ROOT", str(tmp_path)) in refusal(data, tmp_path)
+
+    def test_flat_kinetics_is_what_its_csv_files_say(self, tmp_path):
+        """Some copies lack start and end. A training video that the other table alone has is left
+        out: its label would be one of a test video."""
         stand_in(tmp_path, ["train/-abcdefghij_000001_000011.mp4", "train/0123456789a.mp4",
-                            "train/unknown-id1_000001_000011.mp4",
+                            "train/unknown-id1_000001_000011.mp4", "train/bbbbbbbbbbb.mp4",
                             "val/bbbbbbbbbbb_000005_000015.mp4"])
         (tmp_path / "annotations").mkdir()
         header = "label,youtube_id,time_start,time_end,split,is_cc\n"
         (tmp_path / "annotations/train.csv").write_text(
             header + "baking cookies,-abcdefghij,1,11,train,0\narchery,0123456789a,2,12,train,0\n"
-            "archery,not-present,2,12,train,0\n")
+            "crying,not-present,2,12,train,0\n")
         (tmp_path / "annotations/val.csv").write_text(
             header + '"baking cookies",bbbbbbbbbbb,5,15,val,0\n')
-        with pytest.warns(UserWarning, match="1 of 3 videos in .*train are in no row"):
+        with pytest.warns(UserWarning, match="2 of 4 videos in .*train are in no row of train.csv"):
             train = tb.read_videos("kinetics400", tmp_path, True)
         test = tb.read_videos("kinetics400", tmp_path, False)
         assert train.names() == ["train/-abcdefghij_000001_000011.mp4", "train/0123456789a.mp4"]
-        assert train.classes == test.classes == ["archery", "baking cookies"]
+        assert train.classes == test.classes == ["archery", "baking cookies", "crying"]
         assert train.labels.tolist() == [1, 0] and test.labels.tolist() == [1]
 
         (tmp_path / "list.txt").write_text("archery/0123456789a.mp4 0\n")
         assert tb.read_labeled_list(tmp_path / "list.txt", train).tolist() == [1]
+
+    @pytest.mark.parametrize("text", ["", "<html>\nNot found\n", "label,id\narchery,x\n"])
+    def test_a_csv_file_of_another_form_is_refused(self, text, tmp_path):
+        stand_in(tmp_path, ["train/0123456789a.mp4", "annotations/train.csv"])
+        (tmp_path / "annotations/train.csv").write_text(text)
+        with pytest.raises(tb.UserError, match="train.csv no columns label and youtube_id: "):
+            tb.read_videos("kinetics400", tmp_path, True)
+
+    def test_archives_left_beside_what_they_held_are_no_error(self, tmp_path):
+        small_tree("hmdb51", tmp_path)
+        stand_in(tmp_path, ["hmdb51_org.rar", "hmdb51_org/wave.rar"])
+        assert len(tb.read_videos("hmdb51", tmp_path, True)) == 4
 
     def test_hmdb51_has_its_official_split(self, hmdb51):
         train = tb.read_videos("hmdb51", hmdb51, True)
