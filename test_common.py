@@ -1435,6 +1435,13 @@ def run_lines(lines, folder):
     subprocess.run(["bash", "-ec", lines], cwd=folder, env=env, check=True)
 
 
+def readme_lines(data):
+    """The README's lines that get a data set."""
+    text = Path(__file__).with_name("README.md").read_text()
+    blocks = [block for block in text.split("```\n")[1::2] if block.startswith("mkdir -p data")]
+    return next(block for block in blocks if f"data/{data}\n" in block or f"data/{data} " in block)
+
+
 STATES = {  # how a root comes about that cannot be read, from a whole one; and which it is
     "ucf101": {
         "archives": ("rm -r root/*; cp archives/* root", "root"),
@@ -1518,6 +1525,16 @@ class TestArchives:
     def test_a_root_that_no_command_mends_is_told(self, data, files, words, tmp_path):
         stand_in(tmp_path, files)
         assert words.replace("ROOT", str(tmp_path)) in refusal(data, tmp_path)
+
+    @pytest.mark.parametrize("data, form", [
+        ("ucf101", ""), ("hmdb51", "folders"), ("hmdb51", "*.rar"), ("hmdb51", "*.zip"),
+        ("kinetics400", "corrupt")])
+    def test_the_readme_s_lines_make_the_tree(self, data, form, tmp_path):
+        """Whatever the form in which HMDB51's mirrors have the classes in hmdb51_org.zip."""
+        want = small_tree(data, tmp_path / "want")
+        make_archives(data, want, tmp_path / "archives", form)
+        run_lines(readme_lines(data), tmp_path)
+        assert contents_of(data, tmp_path / "data" / data) == contents_of(data, want)
 
     def test_flat_kinetics_is_what_its_csv_files_say(self, tmp_path):
         """Some copies lack start and end. A training video that the other table alone has is left
@@ -1926,11 +1943,17 @@ class TestChain:
 
     @pytest.mark.parametrize("data", ["ucf101", "hmdb51", "kinetics400", "folder"])
     def test_all_stages_on_real_files(self, data, real_data, tmp_path):
-        tree_of_real_clips(data, real_data, tmp_path / "root")
+        """In the tree that the README's lines make of archives."""
+        root = tmp_path / "data" / data
+        if data == "folder":
+            tree_of_real_clips(data, real_data, root)
+        else:
+            tree_of_real_clips(data, real_data, tmp_path / "packed")
+            make_archives(data, tmp_path / "packed", tmp_path / "archives")
+            run_lines(readme_lines(data), tmp_path)
         out = tmp_path / "out"
         for stage in STAGES:
-            run_stage(stage, tmp_path / "root", out, "--data", data, "--arch", "r3d_tiny",
-                      "--epochs", 1)
+            run_stage(stage, root, out, "--data", data, "--arch", "r3d_tiny", "--epochs", 1)
         evaluate.main([str(out), "--clips", "2", "--workers", "0"])
         results = read_results(out)
         assert [r["checkpoint"] for r in results] == EVALUATED
