@@ -1242,7 +1242,7 @@ def toy_clip(label, rng):
     if label < len(patterns):
         pattern = patterns[label]
         shots = [("swing", count)]
-        radius = rng.uniform(10, 16)
+        radius = 15
     else:
         pattern = patterns[rng.integers(len(patterns))]
         first, second = list(TOY_MOVES.values())[label - len(patterns)]
@@ -1253,7 +1253,7 @@ def toy_clip(label, rng):
     colours = rng.permutation(TOY_COLOURS)
     video = []
     for k, (move, length) in enumerate(shots):
-        square = {"x": rng.uniform(16, 40), "y": rng.uniform(14, 26), "radius": radius}
+        square = {"x": rng.uniform(24, 32), "y": rng.uniform(17, 23), "radius": radius}
         if move == "swing":
             period = rng.choice([8, 16])  # frames
             swing = 6 * np.sin(2 * np.pi * (np.arange(length) / period + rng.random()))

@@ -29,7 +29,7 @@ python train_student.py $run --init none --name student_random_mean --reweight m
 python train_student.py $run --init none --name student_random_inv --teachers inv_ft.pt
 python train_student.py $run --init none --name student_random_dist --teachers dist_ft.pt
 python train_student.py $run --init none --name student_random_alone --teachers none --root data/study
-[ $seed -lt 3 ] || exit 0
+[ $seed -lt 3 ] || exit 0                                              # the other rows
 
 python pretrain_dist.py $ssl --invariant-weight 1
 python pretrain_inv.py $ssl --clips 2 --name inv_n2
