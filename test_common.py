@@ -9,7 +9,8 @@ Losses, TSTR and networks alone, in seconds:
 From the method to the plumbing, a class for each chapter; what it needs stands above it. Those that
 read real UCF101, HMDB51 and Kinetics files look for them, and for the official lists, in the folder
 named by TIMEBALANCE_TEST_DATA (videos/ and splits/), and are skipped where it is not set. Some run
-a function of this file in other processes: python test_common.py NAME ARGUMENTS."""
+a function of this file in other processes: python test_common.py NAME ARGUMENTS. One measures time,
+so it runs on a quiet machine alone: TIMEBALANCE_QUIET=1 pytest test_common.py -k neighbour"""
 
 import argparse
 import contextlib
@@ -1884,7 +1885,7 @@ class TestChain:
         commands = []
         for row in rows:
             commands += re.findall(r"`(\w+\.py [^`]*)`", row)
-        assert len(rows) == 20 and len(commands) == 27
+        assert len(rows) == 21 and len(commands) == 28
         for command in commands:
             script, *flags = command.split()
             if script.startswith("pretrain") and "--clips" not in flags:
@@ -1893,7 +1894,7 @@ class TestChain:
             scripts[script].main([*TINY, "--root", str(toy), "--out", str(tmp_path), *flags])
             assert before.items() <= {
                 path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}.items()
-        assert len(list(tmp_path.glob("*.pt"))) == 5 + 27 - 2  # two teachers were there
+        assert len(list(tmp_path.glob("*.pt"))) == 5 + 28 - 2  # two teachers were there
 
     def test_label_firewall(self, chain, toy, tmp_path, monkeypatch):
         """Labels that no stage may use are replaced, and nothing changes: of unlabelled videos
@@ -2348,6 +2349,26 @@ class TestEngine:
         flops = numbers["tflop_per_s"] * numbers["ms_per_step"] * 1e9
         most = 1.9 if stage == "student" else 1.2  # teachers go forward only
         assert 0.8 < flops / counted.get_total_flops() < most
+
+    @pytest.mark.skipif("TIMEBALANCE_QUIET" not in os.environ, reason="TIMEBALANCE_QUIET not set")
+    def test_a_busy_neighbour_costs_what_it_takes(self, tmp_path):
+        """Threads that spin at barriers would make each step ten times slower, where one core of
+        two is busy, rather than twice."""
+        def ms_per_step():
+            out = subprocess.run(
+                [sys.executable, "pretrain_inv.py", "--root", tmp_path / "toy", "--benchmark", "10",
+                 "--workers", "0", "--out", tmp_path], capture_output=True, text=True, check=True,
+                cwd=Path(__file__).parent).stdout
+            return json.loads(re.search(r"^{.*}$", out, re.M).group())["ms_per_step"]
+
+        quiet = ms_per_step()
+        neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            busy = ms_per_step()
+        finally:
+            neighbour.kill()
+        print(f"{quiet:.0f} ms a step, {busy:.0f} beside a busy process")
+        assert busy < 2.5 * quiet
 
     def test_benchmark_times_compiled_code(self, toy, tmp_path, monkeypatch):
         """Though a counter of operations, which keeps torch from compiling, sees the first step."""
