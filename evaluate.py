@@ -9,7 +9,6 @@ add a table of means and of differences within each folder.
     python evaluate.py                                      # runs/toy
     torchrun --nproc-per-node 4 evaluate.py runs/ucf101     # processes share the videos
     python evaluate.py runs/toy-? --against labeled_only.pt student_mean.pt
-    python evaluate.py --figures                            # draws figures 1 and 4, too
     python evaluate.py --videos holiday.mp4 clips/ --checkpoint runs/ucf101/student.pt
                                                             # any videos' five most probable classes
 """
@@ -22,14 +21,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps  # Pillow comes with torchvision
 
 from common import (
-    Parser, UserError, Videos, autocast, centre_crop, combine_teachers, command, decode_frames,
-    find_checkpoint, load_classifier, load_embedder, map_videos, paired_similarity, print0, ranged,
-    rank, read_checkpoint, read_videos, settle_arguments, similarity_score, spaced_clips, start,
-    to_input, video_similarity, walk_videos, write_atomically,
-    write_bytes)  # before torch: see its imports
+    Parser, UserError, Videos, autocast, centre_crop, combine_teachers, command, find_checkpoint,
+    load_classifier, load_embedder, map_videos, print0, ranged, rank, read_checkpoint, read_videos,
+    settle_arguments, similarity_score, spaced_clips, start, to_input, video_similarity,
+    walk_videos, write_bytes)  # before torch: see its imports
 
 import torch
 
@@ -44,9 +41,6 @@ def main(argv=None):
                type=Path, default=[Path("runs/toy")], metavar="PATH")
     parser.add("checkpoints", "--against", "the rows from which several folders' others differ",
                nargs="+", default=["labeled_only.pt"], metavar="ROW")
-    parser.add("checkpoints", "--figures", "compare the two teachers by class, over all folders, "
-               "and the clips of three videos; draws classes.png and similarity.png in the first "
-               "folder", action="store_true")
     parser.add("data", "--root", "folder of the data set (default: as in training)", metavar="DIR")
     parser.add("clips", "--clips", "clips per video", type=ranged(int, 1), default=10, metavar="N")
     parser.add("clips", "--scales", "centre crops, as shares of the short side", nargs="+",
@@ -64,19 +58,12 @@ def main(argv=None):
         return
 
     found = find_classifiers(args.paths)
-    for folder, classifiers in found.items():
-        missing = [name for name in TEACHERS if name not in classifiers]
-        if args.figures and missing:
-            raise UserError(f"{folder}: --figures compares the two teachers, "
-                            f"{' and '.join(missing)} is not here")
     results = {}
     for folder, classifiers in found.items():
         results[folder] = evaluate_folder(folder, classifiers, args, device)
         save_results(folder, results[folder])
     if len(results) > 1:
         print_means(results, args.against)
-    if args.figures:
-        draw_figures(found, results, args.root)
 
 
 def find_classifiers(paths):
@@ -315,105 +302,6 @@ def print_table(header, rows):
     for row in rows:
         print0("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
     print0()
-
-
-# ---- Figures 1 and 4 of the paper ----------------------------------------------------------------
-def draw_figures(found, results, root):
-    """Compare the teachers by class over all folders (classes.png), and draw the similarities of
-    three videos of the first of them (similarity.png)."""
-    values = []  # of each folder and class: mean s, both accuracies
-    for folder, classifiers in found.items():
-        teachers = {name: classifiers[name] for name in TEACHERS}
-        names, c_inv, c_dist = paired_similarity(teachers)
-        s = similarity_score(c_inv, c_dist)
-        trained = classifiers[TEACHERS[0]]["args"]
-        videos = read_videos(trained["data"], root or trained["root"], True, trained["split"],
-                             trained["pool"])
-        label_of = dict(zip(videos.names(), videos.labels))
-        labels = torch.tensor([label_of[name] for name in names])
-        per_class = {r["checkpoint"]: r["per_class"] for r in results[folder]}
-        p_inv, p_dist = (per_class[name] for name in TEACHERS)
-        mean_s = [s[labels == videos.classes.index(c)].mean() for c in p_inv]
-        values.append(list(zip(mean_s, p_inv.values(), p_dist.values())))
-        if len(values) == 1:
-            clips = teachers["inv_ft.pt"]["similarity_clips"]
-            similarity = draw_similarity(videos.folder, clips, names, c_inv, c_dist, s)
-    rows = []
-    for c, (mean_s, inv, dist) in zip(p_inv, np.mean(values, 0)):
-        rows.append((c, mean_s, inv, dist, inv - dist))
-    rows.sort(key=lambda row: -row[-1])
-    print_table(["class", "s", "invariant", "distinctive", "difference"],
-                [[c, f"{s:.2f}", f"{inv:.1f}", f"{dist:.1f}", f"{d:+.1f}"]
-                 for c, s, inv, dist, d in rows])
-    classes = draw_bars([(row[0], row[-1]) for row in rows])
-    for name, image in {"classes.png": classes, "similarity.png": similarity}.items():
-        path = next(iter(found)) / name
-        if rank() == 0:
-            write_atomically(path, lambda file: image.save(file, "png"))
-        print0(f"wrote {path}")
-
-
-def draw_bars(bars):
-    """(name, value) pairs as horizontal bars; of more than 50 the outermost, as in figure 1."""
-    bars = bars if len(bars) <= 50 else bars[:25] + bars[-25:]
-    top, step, middle = 36, 22, 450  # pixels
-    image = Image.new("RGB", (720, step * len(bars) + 40), "white")
-    ink = ImageDraw.Draw(image)
-    font = ImageFont.load_default(14)
-    ink.text((middle, 8), "top-1 of the invariant minus the distinctive teacher", "black", font,
-             anchor="ma")
-    longest = max(1, *(abs(value) for _, value in bars))
-    for k, (name, value) in enumerate(bars):
-        y = top + step * k
-        length = 200 * value / longest
-        left, right = sorted((middle, middle + length))
-        positive = value > 0
-        ink.rectangle([left, y, right, y + 17], "steelblue" if positive else "coral")
-        ink.text((180, y + 9), name, "black", font, "rm")
-        ink.text((right + 6 if positive else left - 6, y + 9), f"{value:+.1f}", "black", font,
-                 "lm" if positive else "rm")
-    return image
-
-
-def draw_similarity(folder, clips, names, c_inv, c_dist, s):
-    """Figure 4: of the videos with the highest, median and lowest s the middle of each clip, and
-    both teachers' matrices.
-
-    clips: of each video n, their frames, and the stride."""
-    n, frames, stride = clips
-    cell = 36  # pixels, of a matrix
-    side = n * cell
-    width = 48 * n  # of a frame
-    image = Image.new("RGB", (n * (width + 4) + 2 * (side + 16), 3 * (side + 32)), "white")
-    ink = ImageDraw.Draw(image)
-    font = ImageFont.load_default(14)
-
-    def middles(count):
-        return spaced_clips(count, 1, n * frames, stride)[frames // 2::frames]
-
-    ranking = s.argsort(descending=True).tolist()
-    shown = {"highest": ranking[0], "median": ranking[len(s) // 2], "lowest": ranking[-1]}
-    top = 28
-    for title, i in shown.items():
-        ink.text((0, top - 20), f"{title} s = {s[i]:.2f}: {names[i]}", "black", font)
-        left = 0
-        for frame in decode_frames(os.path.join(folder, names[i]), middles):
-            frame = Image.fromarray(frame.numpy())
-            frame = ImageOps.pad(frame, (width, side), Image.Resampling.BOX, "white")
-            image.paste(frame, (left, top))
-            left += width + 4
-        left += 12
-        for teacher, matrix in [("invariant", c_inv[i]), ("distinctive", c_dist[i])]:
-            ink.text((left, top - 20), teacher, "black", font)
-            for (a, b), c in np.ndenumerate(matrix.numpy()):
-                x = left + b * cell
-                y = top + a * cell
-                colour = tuple(int(255 - max(0, c) * depth) for depth in (200, 120, 40))  # blue
-                ink.rectangle([x, y, x + cell - 1, y + cell - 1], colour)
-                ink.text((x + cell / 2, y + cell / 2), f"{c:.2f}", "black", font, "mm")
-            left += side + 16
-        top += side + 32
-    return image
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import contextlib
 import copy
 import errno
 import functools
-import importlib
+import importlib.util
 import io
 import json
 import math
@@ -2054,13 +2054,24 @@ def random_results(classes):
 
 
 def report(folder):
-    """evaluate.py over the runs a and b with --figures -> what it prints; accuracies at random."""
+    """evaluate.py over the runs a and b -> what it prints; accuracies at random."""
     with (pytest.MonkeyPatch.context() as patch,
           contextlib.redirect_stdout(io.StringIO()) as text):
         patch.setattr(evaluate, "evaluate_folder",
                       random_results(load(folder / "b", "inv")["classes"]))
         evaluate.main([str(folder / "a"), str(folder / "b"), "--against", "dist_ft.pt",
-                       "student.pt", "--figures", "--clips", "1"])
+                       "student.pt", "--clips", "1"])
+    return text.getvalue()
+
+
+def draw(folder):
+    """figures/draw.py over the runs a and b -> what it prints."""
+    spec = importlib.util.spec_from_file_location(
+        "draw", Path(__file__).parent / "figures/draw.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        module.main([str(folder / "a"), str(folder / "b"), "--out", str(folder / "figures")])
     return text.getvalue()
 
 
@@ -2072,7 +2083,7 @@ def reported(chain, tmp_path_factory):
         shutil.copytree(chain, folder / name)
     (folder / "a/labeled_only.pt").unlink()
     text = report(folder)
-    class_table = text.split("difference |")[1].splitlines()[2:10]
+    class_table = draw(folder).split("difference |")[1].splitlines()[2:10]
     inv = load(chain, "inv_ft")
     dist = load(chain, "dist_ft")
     assert inv["similarity_of"] == dist["similarity_of"]
@@ -2186,7 +2197,7 @@ class TestEvaluation:
         assert difference == sorted(difference, reverse=True)
 
     def test_bars_grow_to_the_side_of_the_better_teacher(self, reported):
-        bars = np.array(Image.open(reported.folder / "a/classes.png"), int)
+        bars = np.array(Image.open(reported.folder / "figures/classes.png"), int)
         assert bars.shape == (40 + 22 * 8, 720, 3)
         for k, row in enumerate(reported.rows):
             left, right = (bool((bars[36 + 22 * k + 2, x] == 255).all()) for x in (448, 452))
@@ -2194,7 +2205,7 @@ class TestEvaluation:
             assert abs(difference) < 2 or [left, right] == [difference > 0, difference < 0]
 
     def test_similarity_matrices_are_drawn_in_their_colours(self, reported):
-        image = np.array(Image.open(reported.folder / "a/similarity.png"), int)
+        image = np.array(Image.open(reported.folder / "figures/similarity.png"), int)
         s = reported.s
         for place, i in enumerate(s.argsort(descending=True)[[0, len(s) // 2, -1]]):
             for k, saved in enumerate(reported.teachers):
@@ -2204,9 +2215,6 @@ class TestEvaluation:
                 for column, c in enumerate(saved["similarity"][i, 0].clamp(min=0).tolist()):
                     colour = 255 - c * np.array([200, 120, 40])
                     assert np.abs(image[y + 1, x + 36 * column + 1] - colour).max() <= 1
-
-    def test_figures_lie_in_the_first_folder_alone(self, reported):
-        assert not list((reported.folder / "b").glob("*.png"))
 
     def test_each_checkpoint_is_read_once_and_no_optimiser(self, chain, tmp_path, monkeypatch):
         for name in "ab":
@@ -2229,9 +2237,17 @@ class TestEvaluation:
         for name in "ab":
             shutil.copytree(chain, tmp_path / name)
         shutil.copy(chain / "labeled_only.pt", tmp_path / "b/dist_ft.pt")
+        report(tmp_path)
         with pytest.raises(SystemExit):
-            report(tmp_path)
+            draw(tmp_path)
         assert "dist_ft.pt does not come from stage 1" in capsys.readouterr().err
+
+    def test_figures_need_results(self, chain, tmp_path, capsys):
+        shutil.copytree(chain, tmp_path / "a")
+        (tmp_path / "a/results.json").unlink()
+        with pytest.raises(SystemExit):
+            draw(tmp_path)
+        assert "results.json: not there, evaluate.py" in capsys.readouterr().err
 
     def test_prediction_of_one_s_own_videos(self, chain, toy, tmp_path, capsys):
         """A file, and a folder with the same video under another name and a broken one."""
@@ -3082,7 +3098,7 @@ MISTAKES = [  # the flags, and what the line names
     (evaluate, [
         ("OUT/inv.pt", "inv.pt"), ("/nowhere", "/nowhere"), ("OUT/empty", "empty"),
         ("OUT --scales 2", "--scales"), ("OUT --root /nowhere", "/nowhere"),
-        ("OUT/bad/other.pt", "classes"), ("OUT/inv_ft.pt --figures", "dist_ft.pt"),
+        ("OUT/bad/other.pt", "classes"),
         ("--videos OUT", "--checkpoint"),
         ("--videos OUT/bad --checkpoint OUT/inv.pt", "inv.pt")])]
 

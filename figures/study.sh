@@ -10,8 +10,8 @@ if [ $# = 0 ]; then
     python -c "import common; common.render_toy('data/study', test=1000)"
     seq 0 9 | xargs -P "${PROCESSES:-2}" -I{} sh "$0" {}
     torchrun --nproc-per-node "${PROCESSES:-2}" evaluate.py runs/study-? --clips 5 --scales 1 \
-        --figures --against labeled_only.pt student_random_alone.pt student_random_mean.pt \
-        student_mean.pt
+        --against labeled_only.pt student_random_alone.pt student_random_mean.pt student_mean.pt
+    python figures/draw.py runs/study-?
     exit
 fi
 
