@@ -1207,7 +1207,7 @@ def set_digest(names):
 
 # ---- The built-in set of toy videos --------------------------------------------------------------
 HEIGHT, WIDTH = 40, 56  # pixels of a frame
-TOY_COLOURS = np.array([(220, 60, 50), (60, 190, 80)])
+TOY_COLOURS = np.array([(220, 60, 50), (60, 190, 80), (60, 90, 220), (230, 200, 60)])
 TOY_PATTERNS = {  # of the object, over u, v in [-1, 1]; a repetitive class is told by its pattern
     "Stripes": lambda u, v: np.floor(2 * (u + 1)) % 2 == 0,
     "Checker": lambda u, v: (u > 0) == (v > 0),
@@ -1236,7 +1236,7 @@ def toy_clip(label, rng):
 
     Repetitive: an object of the class's pattern swings to and fro, at a period of 8 or 16 frames,
     so that any two clips of 16 frames look alike. Composite: an object of any pattern makes the
-    class's first movement, then, in the other scene and colour, its second."""
+    class's first movement, then, in the other scene and another colour, its second."""
     count = int(rng.integers(64, 97))
     patterns = list(TOY_PATTERNS.values())
     if label < len(patterns):
