@@ -158,37 +158,36 @@ def accuracies(rows, videos):
 def combine_on_test_videos(p_inv, p_dist, saved_teachers, folder, videos, args, device):
     """{row's name: {id: (C,)}}: Eq. 7 on the test videos, with s = 1/2 and with s of Eq. 6, for
     which the teachers of stage 1 must be there. Empty where they learnt from different labels."""
-    if saved_teachers[0]["labeled"] != saved_teachers[1]["labeled"]:
-        return {}
     ids = sorted(p_inv.keys() & p_dist.keys())
+    if not ids or saved_teachers[0]["labeled"] != saved_teachers[1]["labeled"]:
+        return {}
     p_inv = torch.stack([p_inv[i] for i in ids])
     p_dist = torch.stack([p_dist[i] for i in ids])
     scores = {"teachers, mean": torch.full((len(ids),), 0.5)}
     matrices = []
     for saved in saved_teachers:
-        path = find_stage_1(saved["args"], folder)
-        if path is None:
-            print0(f"{folder}: no row of TSTR without {saved['args']['init']} of stage 1")
+        trained = saved["args"]
+        path = Path(find_checkpoint(trained["init"], trained["pretrained"] or trained["out"]))
+        if not path.exists():
+            path = folder / path.name  # it has moved along
+        try:
+            stage_1 = read_checkpoint(path, ["pretrain_inv", "pretrain_dist"])
+        except UserError as error:
+            print0(f"no row of TSTR, which needs the teachers of stage 1: {error}")
             break
-        stage_1 = read_checkpoint(path, ["pretrain_inv", "pretrain_dist"])
         settings = argparse.Namespace(**{**stage_1["args"], "workers": args.workers,
                                          "precision": args.precision})
         rows, _ = video_similarity(load_embedder(stage_1, device), videos, settings, device)
-        matrices.append(torch.stack([rows[i] for i in ids]))
+        matrices.append(rows)
     else:
-        scores["teachers, TSTR"] = similarity_score(*matrices)
+        score = torch.full((len(ids),), 0.5)  # of a video that breaks off before its middle, too
+        for k, i in enumerate(ids):
+            if all(i in rows for rows in matrices):
+                c_inv, c_dist = (rows[i][None] for rows in matrices)
+                score[k] = similarity_score(c_inv, c_dist)
+        scores["teachers, TSTR"] = score
     return {title: dict(zip(ids, combine_teachers(p_inv, p_dist, score)))
             for title, score in scores.items()}
-
-
-def find_stage_1(trained, folder):
-    """The checkpoint of stage 1 that a teacher was fine-tuned from, where it was or moved along, or
-    None."""
-    was = Path(find_checkpoint(trained["init"], trained["pretrained"] or trained["out"]))
-    for path in (was, folder / was.name):
-        if path.exists():
-            return path
-    return None
 
 
 def class_probabilities(saved, videos, args, device, title):

@@ -2180,7 +2180,31 @@ class TestEvaluation:
         capsys.readouterr()
         evaluate.main([str(tmp_path), *EVALUATE])
         assert [r["checkpoint"] for r in read_results(tmp_path)] == EVALUATED[1:4]
-        assert "no row of TSTR without inv.pt" in capsys.readouterr().out
+        assert "no row of TSTR, which needs" in capsys.readouterr().out
+
+        # Teachers of other programs have no similarity, and videos may break off in their middle.
+        torch.save(load(chain, "inv")["model"], tmp_path / "inv.pt")
+        evaluate.main([str(tmp_path), *EVALUATE])
+        assert [r["checkpoint"] for r in read_results(tmp_path)] == EVALUATED[1:4]
+
+    def test_a_test_video_that_breaks_off_has_the_teachers_mean(self, chain, toy, monkeypatch):
+        """Its clips can be decoded, not those in its middle."""
+        videos = tb.read_videos("toy", toy, False)
+        saved = [load(chain, name) for name in ("inv_ft", "dist_ft")]
+        p = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(0)).softmax(2)
+        measure = evaluate.video_similarity
+
+        def without_the_third(*args):
+            rows, unreadable = measure(*args)
+            del rows[2]
+            return rows, unreadable
+
+        monkeypatch.setattr(evaluate, "video_similarity", without_the_third)
+        rows = evaluate.combine_on_test_videos(
+            dict(enumerate(p[0])), dict(enumerate(p[1])), saved, chain, videos,
+            argparse.Namespace(workers=0, precision="fp32"), torch.device("cpu"))
+        mean, tstr = rows["teachers, mean"], rows["teachers, TSTR"]
+        assert [i for i in range(8) if mean[i].equal(tstr[i])] == [2]
 
     def test_the_teachers_are_compared_by_class(self, reported):
         inv = reported.teachers[0]
