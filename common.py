@@ -589,13 +589,16 @@ def pick_frames(indexed_frames, wanted, short_side):
 
 
 def clip_indices(count, frames, stride=1, position=0.5):
-    """Indices of a clip of `frames` frames, `stride` apart, in a video of `count`; looped where the
-    video is shorter.
+    """Indices of a clip of `frames` frames, `stride` apart, in a video of `count`; of all of a
+    shorter video, in slow motion. (Were it looped, its last clip could repeat its first, which L_D
+    is to tell apart.)
 
     position: from 0 (the clip begins with the video) to 1 (it ends with it)."""
-    slack = max(0, count - (frames - 1) * stride - 1)
+    slack = count - (frames - 1) * stride - 1
+    if slack < 0:
+        return np.arange(frames) * count // frames
     start = min(slack, int(position * (slack + 1)))
-    return (start + stride * np.arange(frames)) % count
+    return start + stride * np.arange(frames)
 
 
 def spaced_clips(count, clips, frames, stride):
@@ -1466,8 +1469,8 @@ def autocast(args, device):
 
 # ---- Batches: who is in a step, and their frames -------------------------------------------------
 class Frames(Dataset):
-    """Item (key, i): (key, i, the frames of video i), the latter a string, the reason, where they
-    cannot be decoded.
+    """Item (key, i): (key, i, the frames of video i, how many the file has); instead of the frames
+    a string, the reason, where they cannot be decoded.
 
     indices: a function from the count of frames and, unless it is None, the key to those wanted."""
 
@@ -1478,11 +1481,18 @@ class Frames(Dataset):
 
     def __getitem__(self, item):
         key, i = item
-        indices = self.indices if key is None else functools.partial(self.indices, key=key)
+        count = 0
+
+        def indices(frames_in_file):
+            nonlocal count
+            count = frames_in_file
+            return self.indices(count) if key is None else self.indices(count, key=key)
+
         try:
-            return key, i, decode_frames(self.videos.path(i), indices, self.short_side)
+            frames = decode_frames(self.videos.path(i), indices, self.short_side)
         except DECODE_ERRORS as error:
-            return key, i, f"{type(error).__name__}: {error}"
+            frames = f"{type(error).__name__}: {error}"
+        return key, i, frames, count
 
     def loader(self, items, workers, device, ahead=2):
         """An iterator over the items, in order; each worker decodes `ahead` of them in advance."""
@@ -1503,8 +1513,12 @@ def random_span(count, key, seed, frames, stride):
 Pool = namedtuple("Pool", "ids batch cycle")
 
 # Of each video its frames, uint8 (T, H, W, 3) on the device; its id; and its key (role, lap, id),
-# which with the seed settles all its draws.
-Batch = namedtuple("Batch", "videos ids keys")
+# which with the seed settles all its draws. learn: False in the last steps of a run.
+Batch = namedtuple("Batch", "videos ids keys learn")
+
+# While weights change, BatchNorm's running statistics lag behind them: of dark videos by so much
+# that a network of 71 % in train mode had 25 % in eval mode. So the weights rest in the last steps.
+SETTLING = 30  # steps, but at most a tenth of all
 
 
 @functools.lru_cache(maxsize=8)
@@ -1527,6 +1541,7 @@ class Batches:
         self.workers = args.workers
         self.device = device
         self.unreadable = {}  # id: reason
+        self.short = set()  # ids of those with fewer frames than `span`
         if steps is None:
             laps = len(pools[0].ids) / pools[0].batch
             steps = math.ceil(laps) if pools[0].cycle else int(laps)
@@ -1536,8 +1551,9 @@ class Batches:
         self.steps = steps
         self.share = sum(pool.batch for pool in pools) // world_size()
         self.frames = frames
-        span = functools.partial(random_span, seed=seed, frames=frames, stride=args.stride)
-        self.dataset = Frames(videos, span, round(1.25 * args.size))
+        self.span = (frames - 1) * args.stride + 1
+        indices = functools.partial(random_span, seed=seed, frames=frames, stride=args.stride)
+        self.dataset = Frames(videos, indices, round(1.25 * args.size))
 
     def members(self, epoch, step):
         """The keys of a step's videos on all ranks, a list for each pool."""
@@ -1569,9 +1585,9 @@ class Batches:
         self.check_shared_memory(ahead * self.workers)
         loader = self.dataset.loader(self.items(first, last), self.workers, self.device, ahead)
         for step in range(first, last):
-            batch = Batch([], [], [])
+            batch = Batch([], [], [], learn=last - step > min(SETTLING, last // 10))
             spare = {}  # pool: its substitutes
-            for key, i, frames in itertools.islice(loader, self.share):
+            for key, i, frames, count in itertools.islice(loader, self.share):
                 key = tuple(key)  # data loaders make lists of tuples
                 while isinstance(frames, str):
                     self.note_unreadable(key, i, frames)
@@ -1581,7 +1597,9 @@ class Batches:
                     if i is None:
                         raise UserError("too few videos can be decoded to fill a batch: choose a "
                                         "smaller --batch")
-                    _, _, frames = self.dataset[key, i]
+                    _, _, frames, count = self.dataset[key, i]
+                if count < self.span:
+                    self.short.add(i)
                 batch.videos.append(frames.to(self.device, non_blocking=True))
                 batch.ids.append(i)
                 batch.keys.append(key)
@@ -1717,11 +1735,12 @@ class State:
         lines = [line for line in lines if line.endswith("}")]
         self.write_log([x for x in lines if json.loads(x).get("epoch", 0) <= self.epoch])
 
-    def update(self, loss):
-        """One step of the optimiser."""
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+    def update(self, loss, learn=True):
+        """One step of the optimiser; without `learn` one that leaves the weights as they are."""
+        if learn:
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
         self.step += 1
 
     def end_epoch(self, numbers):
@@ -1868,11 +1887,14 @@ class Meter:
         self.settle()
         seconds = time.perf_counter() - self.begin
         numbers = {name: total / self.state.step for name, total in self.state.sums.items()}
-        names = set()
-        for unreadable in gather_objects(self.batches.unreadable):
-            names |= {self.batches.videos.name(i) for i in unreadable}
-        if names:
-            print0("cannot be decoded:", ", ".join(sorted(names)))
+        unreadable = set()
+        short = set()
+        for ids, others in gather_objects((list(self.batches.unreadable), self.batches.short)):
+            unreadable.update(ids)
+            short.update(others)
+        if unreadable:
+            names = sorted(map(self.batches.videos.name, unreadable))
+            print0("cannot be decoded:", ", ".join(names))
         return {
             **numbers,
             "lr": self.state.optimizer.param_groups[0]["lr"],
@@ -1880,7 +1902,8 @@ class Meter:
             "clips_per_s": self.clips * world_size() / seconds,
             "waiting_share": self.waiting / seconds,
             "memory_gib": peak_memory(self.device),
-            "unreadable": len(names),
+            "unreadable": len(unreadable),  # videos met so far, as is the next
+            "short": len(short),
         }
 
     def benchmark(self, count):
@@ -2058,7 +2081,7 @@ def map_videos(function, videos, indices, group_size, size, workers, device, tit
     rows = {}
     unreadable = {}
     group = {}
-    for _, i, frames in bar:
+    for _, i, frames, _ in bar:
         if isinstance(frames, str):
             unreadable[i] = frames
             tqdm.write(f"warning: {videos.path(i)}: {frames}", file=sys.stderr)
@@ -2152,9 +2175,12 @@ def paired_similarity(teachers):
 DATA_SETS = ("toy", "ucf101", "hmdb51", "kinetics400", "folder")
 
 
-def defaults(data, stage):
+SMALL = 1000  # videos; "small" in defaults() is a folder of fewer
+
+
+def defaults(data, stage, videos=SMALL):
     """What a stage ("pretrain", "finetune", "student") does where no flag says otherwise: the
-    paper's settings, and small ones of toy's own.
+    paper's settings, and others of toy's own and for small folders of `videos` training videos.
 
     Batch and epochs of fine-tuning, which the paper does not name, are the authors' code's."""
     ssl = stage == "pretrain"
@@ -2189,6 +2215,15 @@ def defaults(data, stage):
             "warmup": 2,
             "patience": 25,
         }
+    if data == "folder" and videos < SMALL:
+        # The paper's 250 epochs are 60,000 steps of UCF101. An epoch of few videos has few steps.
+        batch = 10 if ssl else 16
+        settings |= {
+            "batch": batch,
+            "epochs": max(settings["epochs"], 5000 * batch // videos) if ssl else 150,
+            "lr": 3e-4 if stage == "finetune" else 1e-3,
+            "patience": 25,
+        }
     return settings
 
 
@@ -2207,7 +2242,12 @@ def settle_arguments(args, stage="", sources={}, inherited=()):
                 raise UserError(f"{flag(key)} {given} contradicts {path}, made with {value}")
     if taken:
         print0("from", ", ".join(sources) + ":", *(f"{flag(k)} {v}" for k, v in taken.items()))
-    table = defaults(args.data or "toy", stage) if stage else {}
+    table = {}
+    if stage:
+        videos = SMALL
+        if args.data == "folder":
+            videos = len(read_videos("folder", args.root or "data/folder", train=True))
+        table = defaults(args.data or "toy", stage, videos)
     if getattr(args, "labeled_list", None):
         if args.percent is not None:
             raise UserError("--percent and --labeled-list: choose one")
@@ -2334,10 +2374,15 @@ class Parser(argparse.ArgumentParser):
     def describe_default(self, key, default=None, **_):
         if default is not None:
             return f" (default {' '.join(map(str, np.atleast_1d(default)))})"
-        table = {data: defaults(data, self.stage).get(key) for data in DATA_SETS if self.stage}
-        usual = table.get("ucf101")
+        if not self.stage:
+            return ""
+        table = {data: defaults(data, self.stage).get(key) for data in DATA_SETS}
+        usual = table["ucf101"]
         if usual is None:
             return ""
+        small = defaults("folder", self.stage, videos=200).get(key)
+        if small != table["folder"]:
+            table["folder of 200 videos"] = small
         odd = [f"; {data} {value}" for data, value in table.items() if value != usual]
         return f" (default {usual}{''.join(odd)})"
 

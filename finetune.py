@@ -73,7 +73,7 @@ def finetune(args, saved, labeled, videos, device):
             with autocast(args, device):
                 logits = state.net(to_input(clips, model))  # (b, classes)
             loss = F.cross_entropy(logits.float(), y)  # L_sup, Eq. 4
-            state.update(loss)
+            state.update(loss, batch.learn)
             meter.add(len(clips), loss=loss, accuracy=(logits.argmax(1) == y).float().mean())
         means = meter.means()
         if epoch >= args.warmup:

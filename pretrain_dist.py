@@ -83,7 +83,7 @@ def main(argv=None):
                 l_i = invariant_loss(all_gather(z), args.temperature)  # Eq. 1
                 loss = loss + args.invariant_weight * l_i
                 terms["l_i"] = l_i
-            state.update(loss)
+            state.update(loss, batch.learn)
             meter.add(len(x), loss=loss, **terms)
         means = meter.means()
         if epoch >= args.warmup:

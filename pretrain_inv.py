@@ -58,7 +58,7 @@ def main(argv=None):
             z = z.unflatten(0, (-1, n))
             z = all_gather(z)  # (B, n, 128): the other processes' videos are negatives, too
             loss = invariant_loss(z, args.temperature)  # Eq. 1
-            state.update(loss)
+            state.update(loss, batch.learn)
             meter.add(len(clips), loss=loss)
         means = meter.means()
         if epoch >= args.warmup:

@@ -806,8 +806,8 @@ class TestDecoder:
         ("one.avi", "mpeg4"), ("one.mp4", "libx264"), ("one.webm", "libvpx-vp9")])
     def test_a_single_frame_is_a_video(self, name, codec, tmp_path):
         path = write_video(tmp_path / name, moving_frames(1), codec)
-        looped = tb.decode_frames(path, lambda count: tb.clip_indices(count, 16, 2))
-        assert looped.shape == (16, 48, 64, 3)
+        clip = tb.decode_frames(path, lambda count: tb.clip_indices(count, 16, 2))
+        assert clip.shape == (16, 48, 64, 3)
         with pytest.raises(IndexError):
             tb.decode_frames(path, [1])
 
@@ -1082,9 +1082,18 @@ class TestData:
         assert tb.clip_indices(100, 4, 2, 1).tolist() == [93, 95, 97, 99]
         assert tb.clip_indices(100, 3, 1, 0.5).tolist() == [49, 50, 51]
 
-    def test_a_short_video_is_looped_never_dropped(self):
-        assert tb.clip_indices(5, 8, 1, 0.7).tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    def test_a_short_video_is_slowed_down_never_dropped(self):
+        assert tb.clip_indices(5, 8, 1, 0.7).tolist() == [0, 0, 1, 1, 2, 3, 3, 4]
         assert tb.clip_indices(1, 3, 2).tolist() == [0, 0, 0]
+        assert tb.clip_indices(14, 8, 2).tolist() == [0, 1, 3, 5, 7, 8, 10, 12]
+
+    def test_short_videos_are_counted(self, toy, tmp_path):
+        run_stage("inv", toy, tmp_path, "--stride", 5)  # two clips of 8 frames span 76
+        videos = tb.read_videos("toy", toy, True)
+        counts = [len(full_decode(videos.path(i))) for i in range(len(videos))]
+        short = sum(count < 76 for count in counts)
+        assert 0 < short < len(videos)
+        assert [line["short"] for line in read_log(tmp_path, "inv")[1:]] == [short] * 2
 
     def test_every_start_of_a_clip_is_as_likely(self):
         positions = np.linspace(0, 1, 400, endpoint=False)
@@ -1186,19 +1195,19 @@ class TestData:
 
     def test_no_video_is_twice_in_a_batch(self, three_epochs):
         """Eq. 1 would take a second clip of a video for a negative."""
-        for _, numbers, _ in three_epochs:
+        for _, numbers, _, _ in three_epochs:
             assert len(set(numbers[:4])) == 4 and min(numbers[:4]) >= 5 > max(numbers[4:])
 
     def test_an_epoch_passes_no_video_twice(self, three_epochs):
         for epoch in range(3):
             passed = []
-            for _, numbers, _ in three_epochs[4 * epoch:4 * epoch + 4]:
+            for _, numbers, _, _ in three_epochs[4 * epoch:4 * epoch + 4]:
                 passed += numbers[:4]
             assert len(set(passed)) == 16
 
     def test_labelled_videos_cycle_pass_after_pass(self, three_epochs):
         cycled = []
-        for _, numbers, _ in three_epochs:
+        for _, numbers, _, _ in three_epochs:
             cycled += numbers[4:]
         assert all(sorted(cycled[i:i + 5]) == list(range(5)) for i in range(0, 45, 5))
 
@@ -2738,6 +2747,48 @@ def to_normalise(request):
     x = 2 * torch.randn(6, 8, 4, 5, 7) + 1
     x = x.to(request.param, memory_format=torch.channels_last_3d)
     return norm, x, torch.randn_like(x)
+
+
+class TestSettling:
+    def test_the_weights_rest_in_the_last_30_steps_but_at_most_in_a_tenth(self, three_epochs):
+        assert [batch.learn for batch in three_epochs] == [True] * 11 + [False]
+        args = argparse.Namespace(size=16, stride=1, workers=0)
+        source = tb.Batches(tb.Videos("", [], [], []), [], 4, 0, args, torch.device("cpu"), 400)
+        assert [batch.learn for batch in source.stream(0, 400)] == [True] * 370 + [False] * 30
+
+    def test_without_learning_running_statistics_alone_change(self, tmp_path):
+        net = network("r3d_tiny")
+        args = argparse.Namespace(out=tmp_path, arch="r3d_tiny", lr=0.1, patience=5, restart=True,
+                                  benchmark=None, compile=False, checkpointing=False)
+        videos = tb.Videos("", ["a"], [0], ["c"])
+        state = tb.State("finetune", "any", args, net, videos, torch.device("cpu"))
+        before = copy.deepcopy(net.state_dict())
+        net.train()
+        state.update(net(torch.randn(2, 3, 8, 16, 16)).sum(), learn=False)
+        assert state.step == 1
+        for name, parameter in net.named_parameters():
+            assert torch.equal(parameter, before[name])
+        assert not torch.equal(net.stem[1].running_mean, before["stem.1.running_mean"])
+
+    def test_statistics_of_dark_videos_do_not_lag(self, tmp_path):
+        """The mean that eval mode takes away in the stem, against that of the videos, in standard
+        deviations: without rest of the weights it is off by more than a tenth."""
+        for k in range(8):
+            frames = np.zeros((8, 20, 20, 3), np.uint8)
+            frames[:, 4 + k:6 + k, 8:12] = 255
+            folder = tmp_path / "train" / f"{k % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_video(folder / f"{k}.avi", frames)
+        finetune.main([*folder_flags(tmp_path), "--init", "none", "--percent", "100", "--epochs",
+                       "75", "--lr", "3e-3", "--patience", "75"])
+        model = tb.load_classifier(load(tmp_path / "out", "labeled_only"), torch.device("cpu"))
+        videos = tb.read_videos("folder", tmp_path, True)
+        clips = [tb.decode_frames(videos.path(i), range(8)) for i in range(8)]
+        rngs = [tb.draw(0, i) for i in range(8)]
+        x = tb.to_input(tb.augment_clips(clips, 16, rngs, **tb.WEAK), model)
+        norm = model.stem[1]
+        shift = norm.running_mean - model.stem[0](x).mean((0, 2, 3, 4))
+        assert (shift.abs() / norm.running_var.sqrt()).mean() < 0.06
 
 
 class TestBatchNorm:

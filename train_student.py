@@ -98,7 +98,7 @@ def main(argv=None):
                 l_unsup = on_unlabeled + 0.5 * on_labeled  # Eq. 8
                 loss = l_sup + args.omega * l_unsup  # Eq. 2
                 terms |= {"l_unsup": on_unlabeled, "l_unsup_labeled": on_labeled, **agreement}
-            state.update(loss)
+            state.update(loss, batch.learn)
             meter.add(len(x), loss=loss, **terms)
         means = meter.means()
         if epoch >= args.warmup:
