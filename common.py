@@ -1942,8 +1942,8 @@ class Meter:
             print0(f"{key:20} {value:10.4g}")
         print0(json.dumps(numbers))
         flag = "--precision bf16" if self.args.precision == "fp32" else "--compile, more processes"
-        print0("bottleneck:", "decoding; --workers" if waiting_share > 0.05
-               else f"the network; {flag}")
+        print0("bottleneck:", "decoding; --workers, or re-encode the videos (README)"
+               if waiting_share > 0.05 else f"the network; {flag}")
         raise SystemExit
 
 
@@ -2216,11 +2216,11 @@ def defaults(data, stage, videos=SMALL):
             "patience": 25,
         }
     if data == "folder" and videos < SMALL:
-        # The paper's 250 epochs are 60,000 steps of UCF101. An epoch of few videos has few steps.
-        batch = 10 if ssl else 16
+        # The paper's 250 epochs are 60,000 steps of UCF101, but 1,000 of 160 videos.
+        least_epochs = 5000 // max(1, videos // 8) if ssl else 0
         settings |= {
-            "batch": batch,
-            "epochs": max(settings["epochs"], 5000 * batch // videos) if ssl else 150,
+            "batch": 8 if ssl else 16,
+            "epochs": max(settings["epochs"], least_epochs),
             "lr": 3e-4 if stage == "finetune" else 1e-3,
             "patience": 25,
         }

@@ -2006,6 +2006,24 @@ def folder_flags(root):
             "--out", str(root / "out")]
 
 
+class TestSmallFolders:
+    def test_few_videos_have_small_batches_and_many_epochs(self):
+        few = tb.defaults("folder", "pretrain", videos=67)
+        assert few["batch"] == 8 and few["epochs"] == 5000 // (67 // 8)
+        assert tb.defaults("folder", "pretrain", videos=1000) | {"data": "", "root": ""} == (
+            tb.defaults("ucf101", "pretrain") | {"data": "", "root": "", "percent": 10})
+
+    @pytest.mark.parametrize("small, batch", [(101, 8), (100, 40)])  # it has 100 videos
+    def test_their_number_is_found_out(self, small, batch, broken, monkeypatch, capsys):
+        monkeypatch.setattr(tb, "SMALL", small)
+        monkeypatch.setattr(tb.defaults, "__defaults__", (small,))
+        flags = folder_flags(broken[0])
+        del flags[flags.index("--batch"):flags.index("--batch") + 2]
+        with contextlib.suppress(SystemExit):
+            pretrain_inv.main([*flags, "--clips", "2", "--benchmark", "1"])
+        assert f"--batch {batch} " in capsys.readouterr().out
+
+
 class TestBrokenVideos:
     def test_some_are_named_replaced_and_counted(self, broken, capsys):
         root, break_files = broken
