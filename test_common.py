@@ -1883,13 +1883,13 @@ class TestChain:
             # one test video a class
             assert r["top1"] == pytest.approx(np.mean(list(r["per_class"].values())))
 
-    def test_every_command_of_readme_s_tables_runs_in_order(self, chain, toy, tmp_path):
+    def test_every_command_of_the_ablations_table_runs_in_order(self, chain, toy, tmp_path):
         """Pasted one after the other into one folder: none is refused, each writes its own file."""
         for name in ("inv", "dist", "inv_ft", "dist_ft", "student"):  # the first line's
             shutil.copy(chain / f"{name}.pt", tmp_path)
         scripts = {"pretrain_inv.py": pretrain_inv, "pretrain_dist.py": pretrain_dist,
                    "finetune.py": finetune, "train_student.py": train_student}
-        text = Path(__file__).with_name("README.md").read_text()
+        text = (HERE / "figures" / "README.md").read_text()
         rows = re.findall(r"^\| \d \(?.*?$", text, re.M)
         commands = []
         for row in rows:
