@@ -1430,7 +1430,10 @@ while [ $# -gt 0 ]; do
     case $1 in -O) to=$2; shift;; -*) ;; *) cp "$ARCHIVES/${1##*/}" $to || exit;; esac
     shift
 done
-""", "git": """cp -r "$ARCHIVES/${2##*/}" ."""}
+""", "git": """cp -r "$ARCHIVES/${2##*/}" .""", "ffmpeg": """
+while [ $# -gt 1 ]; do [ $1 = -i ] && input=$2; shift; done
+cp "$input" "$1"
+"""}
 
 
 def run_lines(lines, folder):
@@ -2004,6 +2007,38 @@ def broken(toy, tmp_path):
 def folder_flags(root):
     return [*TINY, "--data", "folder", "--root", str(root), "--arch", "r3d_tiny",
             "--out", str(root / "out")]
+
+
+class TestReencoding:
+    """The README's line with ffmpeg, on a stand-in that copies; its filter on FFmpeg's own."""
+    line = re.search("^find my .*$", (HERE / "README.md").read_text(), re.M)[0]
+
+    def test_it_makes_the_same_tree_in_another_folder(self, tmp_path):
+        names = ["train/a b/1.mp4", "test/a b/it's.mp4", "unlabeled/x.mp4"]
+        for name in names:
+            path = tmp_path / "my" / name
+            path.parent.mkdir(parents=True)
+            path.write_text(name)
+        run_lines(self.line, tmp_path)
+        small = tmp_path / "small" / "my"
+        assert [(small / name).read_text() for name in names] == names
+        assert len([path for path in small.rglob("*") if path.is_file()]) == 3
+
+    @pytest.mark.parametrize("width, height, expected", [
+        (854, 480, (456, 256)), (480, 854, (256, 456)), (320, 240, (342, 256))])
+    def test_its_filter_gives_a_short_side_of_256(self, width, height, expected):
+        graph = av.filter.Graph()
+        source = graph.add_buffer(width=width, height=height, format="yuv420p", time_base="1/30")
+        scale = graph.add("scale", re.search("-vf scale=([^ ]*)", self.line)[1])
+        sink = graph.add("buffersink")
+        source.link_to(scale)
+        scale.link_to(sink)
+        graph.configure()
+        frame = av.VideoFrame(width, height, "yuv420p")
+        frame.pts = 0
+        graph.push(frame)
+        scaled = graph.pull()
+        assert (scaled.width, scaled.height) == expected
 
 
 class TestSmallFolders:
