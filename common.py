@@ -588,13 +588,18 @@ def pick_frames(indexed_frames, wanted, short_side):
     return (None if places else torch.from_numpy(out)), count
 
 
+def clip_span(frames, stride):
+    """The frames of a video from the first to the last of a clip."""
+    return (frames - 1) * stride + 1
+
+
 def clip_indices(count, frames, stride=1, position=0.5):
     """Indices of a clip of `frames` frames, `stride` apart, in a video of `count`; of all of a
     shorter video, in slow motion. (Were it looped, its last clip could repeat its first, which L_D
     is to tell apart.)
 
     position: from 0 (the clip begins with the video) to 1 (it ends with it)."""
-    slack = count - (frames - 1) * stride - 1
+    slack = count - clip_span(frames, stride)
     if slack < 0:
         return np.arange(frames) * count // frames
     start = min(slack, int(position * (slack + 1)))
@@ -1551,7 +1556,7 @@ class Batches:
         self.steps = steps
         self.share = sum(pool.batch for pool in pools) // world_size()
         self.frames = frames
-        self.span = (frames - 1) * args.stride + 1
+        self.span = clip_span(frames, args.stride)
         indices = functools.partial(random_span, seed=seed, frames=frames, stride=args.stride)
         self.dataset = Frames(videos, indices, round(1.25 * args.size))
 
@@ -1735,7 +1740,7 @@ class State:
         lines = [line for line in lines if line.endswith("}")]
         self.write_log([x for x in lines if json.loads(x).get("epoch", 0) <= self.epoch])
 
-    def update(self, loss, learn=True):
+    def update(self, loss, learn):
         """One step of the optimiser; without `learn` one that leaves the weights as they are."""
         if learn:
             self.optimizer.zero_grad()
@@ -2173,14 +2178,12 @@ def paired_similarity(teachers):
 
 # ---- Arguments -----------------------------------------------------------------------------------
 DATA_SETS = ("toy", "ucf101", "hmdb51", "kinetics400", "folder")
+SMALL = 1000  # a folder of fewer training videos has settings of its own
 
 
-SMALL = 1000  # videos; "small" in defaults() is a folder of fewer
-
-
-def defaults(data, stage, videos=SMALL):
+def defaults(data, stage, videos=math.inf):
     """What a stage ("pretrain", "finetune", "student") does where no flag says otherwise: the
-    paper's settings, and others of toy's own and for small folders of `videos` training videos.
+    paper's settings, and others for toy and for small folders of `videos` training videos.
 
     Batch and epochs of fine-tuning, which the paper does not name, are the authors' code's."""
     ssl = stage == "pretrain"
@@ -2211,19 +2214,17 @@ def defaults(data, stage, videos=SMALL):
             "arch": "r3d_tiny",
             "epochs": {"pretrain": 7, "finetune": 100, "student": 15}[stage],
             "batch": 10 if ssl else 16,
-            "lr": 3e-4 if stage == "finetune" else 1e-3,
             "warmup": 2,
-            "patience": 25,
         }
-    if data == "folder" and videos < SMALL:
+    small_folder = data == "folder" and videos < SMALL
+    if small_folder and ssl:
         # The paper's 250 epochs are 60,000 steps of UCF101, but 1,000 of 160 videos.
-        least_epochs = 5000 // max(1, videos // 8) if ssl else 0
-        settings |= {
-            "batch": 8 if ssl else 16,
-            "epochs": max(settings["epochs"], least_epochs),
-            "lr": 3e-4 if stage == "finetune" else 1e-3,
-            "patience": 25,
-        }
+        settings["batch"] = 8
+        settings["epochs"] = max(settings["epochs"], 5000 // max(1, videos // 8))
+    if data == "toy" or small_folder:  # an epoch has few steps
+        settings["patience"] = 25
+        if stage == "finetune":
+            settings["lr"] = 3e-4
     return settings
 
 
@@ -2242,12 +2243,10 @@ def settle_arguments(args, stage="", sources={}, inherited=()):
                 raise UserError(f"{flag(key)} {given} contradicts {path}, made with {value}")
     if taken:
         print0("from", ", ".join(sources) + ":", *(f"{flag(k)} {v}" for k, v in taken.items()))
-    table = {}
-    if stage:
-        videos = SMALL
-        if args.data == "folder":
-            videos = len(read_videos("folder", args.root or "data/folder", train=True))
-        table = defaults(args.data or "toy", stage, videos)
+    table = defaults(args.data or "toy", stage) if stage else {}
+    if stage and args.data == "folder":
+        videos = read_videos("folder", args.root or table["root"], train=True)
+        table = defaults("folder", stage, len(videos))
     if getattr(args, "labeled_list", None):
         if args.percent is not None:
             raise UserError("--percent and --labeled-list: choose one")

@@ -1195,20 +1195,20 @@ class TestData:
 
     def test_no_video_is_twice_in_a_batch(self, three_epochs):
         """Eq. 1 would take a second clip of a video for a negative."""
-        for _, numbers, _, _ in three_epochs:
-            assert len(set(numbers[:4])) == 4 and min(numbers[:4]) >= 5 > max(numbers[4:])
+        for batch in three_epochs:
+            assert len(set(batch.ids[:4])) == 4 and min(batch.ids[:4]) >= 5 > max(batch.ids[4:])
 
     def test_an_epoch_passes_no_video_twice(self, three_epochs):
         for epoch in range(3):
             passed = []
-            for _, numbers, _, _ in three_epochs[4 * epoch:4 * epoch + 4]:
-                passed += numbers[:4]
+            for batch in three_epochs[4 * epoch:4 * epoch + 4]:
+                passed += batch.ids[:4]
             assert len(set(passed)) == 16
 
     def test_labelled_videos_cycle_pass_after_pass(self, three_epochs):
         cycled = []
-        for _, numbers, _, _ in three_epochs:
-            cycled += numbers[4:]
+        for batch in three_epochs:
+            cycled += batch.ids[4:]
         assert all(sorted(cycled[i:i + 5]) == list(range(5)) for i in range(0, 45, 5))
 
     def test_no_two_clips_share_their_draws(self, three_epochs):
@@ -2051,7 +2051,6 @@ class TestSmallFolders:
     @pytest.mark.parametrize("small, batch", [(101, 8), (100, 40)])  # it has 100 videos
     def test_their_number_is_found_out(self, small, batch, broken, monkeypatch, capsys):
         monkeypatch.setattr(tb, "SMALL", small)
-        monkeypatch.setattr(tb.defaults, "__defaults__", (small,))
         flags = folder_flags(broken[0])
         del flags[flags.index("--batch"):flags.index("--batch") + 2]
         with contextlib.suppress(SystemExit):
