@@ -2212,7 +2212,7 @@ def defaults(data, stage, videos=math.inf):
             "stride": 1,
             "size": 24,
             "arch": "r3d_tiny",
-            "epochs": {"pretrain": 7, "finetune": 100, "student": 15}[stage],
+            "epochs": {"pretrain": 7, "finetune": 75, "student": 13}[stage],
             "batch": 10 if ssl else 16,
             "warmup": 2,
         }
