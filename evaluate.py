@@ -164,30 +164,33 @@ def combine_on_test_videos(p_inv, p_dist, saved_teachers, folder, videos, args, 
     p_inv = torch.stack([p_inv[i] for i in ids])
     p_dist = torch.stack([p_dist[i] for i in ids])
     scores = {"teachers, mean": torch.full((len(ids),), 0.5)}
-    matrices = []
-    for saved in saved_teachers:
-        trained = saved["args"]
-        path = Path(find_checkpoint(trained["init"], trained["pretrained"] or trained["out"]))
-        if not path.exists():
-            path = folder / path.name  # it has moved along
-        try:
-            stage_1 = read_checkpoint(path, ["pretrain_inv", "pretrain_dist"])
-        except UserError as error:
-            print0(f"no row of TSTR, which needs the teachers of stage 1: {error}")
-            break
-        settings = argparse.Namespace(**{**stage_1["args"], "workers": args.workers,
-                                         "precision": args.precision})
-        rows, _ = video_similarity(load_embedder(stage_1, device), videos, settings, device)
-        matrices.append(rows)
+    try:
+        c_inv, c_dist = (similarity_of_test_videos(saved, folder, videos, args, device)
+                         for saved in saved_teachers)
+    except UserError as error:
+        print0(f"no row of TSTR, which needs the teachers of stage 1: {error}")
     else:
         score = torch.full((len(ids),), 0.5)  # of a video that breaks off before its middle, too
         for k, i in enumerate(ids):
-            if all(i in rows for rows in matrices):
-                c_inv, c_dist = (rows[i][None] for rows in matrices)
-                score[k] = similarity_score(c_inv, c_dist)
+            if i in c_inv and i in c_dist:
+                score[k] = similarity_score(c_inv[i][None], c_dist[i][None])
         scores["teachers, TSTR"] = score
     return {title: dict(zip(ids, combine_teachers(p_inv, p_dist, score)))
             for title, score in scores.items()}
+
+
+def similarity_of_test_videos(saved, folder, videos, args, device):
+    """C of Eq. 5 of the test videos, {id: (n, n)}, by the teacher of stage 1 from which a teacher
+    was fine-tuned; UserError if that is not there."""
+    trained = saved["args"]
+    path = Path(find_checkpoint(trained["init"], trained["pretrained"] or trained["out"]))
+    if not path.exists():
+        path = folder / path.name  # it has moved along
+    stage_1 = read_checkpoint(path, ["pretrain_inv", "pretrain_dist"])
+    settings = argparse.Namespace(**{**stage_1["args"], "workers": args.workers,
+                                     "precision": args.precision})
+    rows, _ = video_similarity(load_embedder(stage_1, device), videos, settings, device)
+    return rows
 
 
 def class_probabilities(saved, videos, args, device, title):
