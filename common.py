@@ -1215,7 +1215,7 @@ def set_digest(names):
 
 # ---- The built-in set of toy videos --------------------------------------------------------------
 HEIGHT, WIDTH = 40, 56  # pixels of a frame
-TOY_COLOURS = np.array([(220, 60, 50), (60, 190, 80), (60, 90, 220), (230, 200, 60)])
+TOY_COLOURS = np.array([(220, 60, 50), (60, 190, 80), (60, 90, 220), (230, 200, 60)], np.uint8)
 TOY_PATTERNS = {  # of the object, over u, v in [-1, 1]; a repetitive class is told by its pattern
     "Stripes": lambda u, v: np.floor(2 * (u + 1)) % 2 == 0,
     "Checker": lambda u, v: (u > 0) == (v > 0),
@@ -1269,11 +1269,11 @@ def toy_clip(label, rng):
         else:
             square |= TOY_PATHS[move](np.linspace(-1, 1, length))
         video.append(paint_toy(square, length, pattern, colours[k], (scene + k) % 2))
-    return np.concatenate(video).astype(np.uint8)
+    return np.concatenate(video)
 
 
 def paint_toy(square, length, pattern, colour, scene):
-    """Frames (length, 40, 56, 3) of a square object in one of two scenes.
+    """Frames, uint8 (length, 40, 56, 3), of a square object in one of two scenes.
 
     square: x, y and radius in pixels, each a number or one for each frame."""
     v, u = np.meshgrid(np.arange(HEIGHT), np.arange(WIDTH), indexing="ij")
@@ -1283,8 +1283,8 @@ def paint_toy(square, length, pattern, colour, scene):
     du = (u - x) / radius
     dv = (v - y) / radius
     inside = (np.maximum(np.abs(du), np.abs(dv)) < 1)[..., None]
-    figure = np.where(pattern(du, dv)[..., None], colour, 245)
-    return np.where(inside, figure, ground[..., None])
+    figure = np.where(pattern(du, dv)[..., None], colour, np.uint8(245))
+    return np.where(inside, figure, ground[..., None].astype(np.uint8))
 
 
 def render_toy(root, train=400, test=200, seed=0):
