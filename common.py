@@ -722,7 +722,7 @@ def change_hue(x, turn):
     divisor = torch.where(chroma == 0, 1, chroma)
     hue = torch.where(value == r, (g - b) / divisor,
                       torch.where(value == g, (b - r) / divisor + 2, (r - g) / divisor + 4))
-    sector = torch.tensor([5, 3, 1], device=x.device).view(3, 1, 1)  # of red, green, blue
+    sector = 5 - 2 * torch.arange(3, device=x.device).view(3, 1, 1)  # of red, green, blue
     k = (sector + hue + 6 * turn.float()) % 6
     x = value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
     return (x * 255.999).to(torch.uint8)  # as torchvision rounds
