@@ -3117,7 +3117,8 @@ class TestCuda:
         difference = (cpu.int() - gpu.int()).abs()
         assert difference.float().mean() < 0.5 and difference.max() <= 8
 
-    @pytest.mark.parametrize("flags", [[], ["--checkpointing"], ["--compile"]])
+    @pytest.mark.parametrize("flags", [
+        [], ["--checkpointing"], pytest.param(["--compile"], marks=needs_gpu)])
     @pytest.mark.parametrize("stage", ["inv", "dist", "labeled_only", "student"])
     def test_a_step_is_the_cpu_s(self, stage, flags, chain, toy, tmp_path):
         earlier_checkpoints(chain, tmp_path, stage)
