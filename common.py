@@ -628,11 +628,6 @@ def seed_of(stage, seed):
 WEAK = dict(area=0.5, jitter=0.2, hue=0.05, p_jitter=0.5, p_grey=0.1)  # stages 2 and 3
 
 
-def augment(clip, size, rng, **strength):
-    """augment_clips for one clip: uint8 (T, H, W, 3) -> uint8 (T, 3, size, size)."""
-    return augment_clips([clip], size, [rng], **strength)[0]
-
-
 def augment_clips(clips, size, rngs, area=0.3, jitter=0.4, hue=0.1, p_jitter=0.8, p_grey=0.2):
     """A random crop, flip, colour jitter and greyscale of each clip (Sec. 4.2), the same for all
     its frames, drawn from a numpy Generator for each. The defaults are stage 1's.

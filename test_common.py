@@ -863,7 +863,7 @@ class TestDecoder:
 
 def augmented(clip, *key):
     """Stage 1's augmentation, with the random numbers of a key."""
-    return tb.augment(clip, 24, tb.draw(0, *key))
+    return tb.augment_clips([clip], 24, [tb.draw(0, *key)])[0]
 
 
 def one_by_one(clip, size, rng, area=0.3, jitter=0.4, hue=0.1, p_jitter=0.8, p_grey=0.2):
