@@ -91,19 +91,35 @@ def find_classifiers(paths):
 
 def evaluate_folder(folder, classifiers, args, device):
     """The entries of results.json of one folder: its classifiers, and its teachers together."""
-    results = {}
-    probabilities = {}
+    groups = {}  # those that see the same clips: each video is decoded once for all of them
     for name, saved in classifiers.items():
-        begin = time.perf_counter()
-        trained = saved["args"]
-        videos = read_videos(trained["data"], args.root or trained["root"], False, trained["split"])
+        seen = {**saved["args"], "root": args.root or saved["args"]["root"]}
+        seen = tuple(seen[k] for k in ("data", "root", "split", "frames", "stride", "size"))
+        groups.setdefault(seen, {})[name] = saved
+    results = []
+    for group in groups.values():
+        results += evaluate_group(folder, group, args, device)
+    return sorted(results, key=lambda r: r["stage"] == "student")
+
+
+def evaluate_group(folder, classifiers, args, device):
+    """The entries of results.json of classifiers that see the same clips."""
+    begin = time.perf_counter()
+    trained = next(iter(classifiers.values()))["args"]
+    videos = read_videos(trained["data"], args.root or trained["root"], False, trained["split"])
+    for name, saved in classifiers.items():
         if videos.classes != saved["classes"]:
             raise UserError(f"{folder / name}: made for other classes than those of "
                             f"{videos.folder}")
-        rows, unreadable = class_probabilities(saved, videos, args, device, name)
-        if unreadable:
-            print0(f"{len(unreadable)} test videos cannot be decoded and count as wrong")
-        probabilities[name] = rows
+    rows, unreadable = class_probabilities(list(classifiers.values()), videos, args, device)
+    if unreadable:
+        print0(f"{len(unreadable)} test videos cannot be decoded and count as wrong")
+    seconds = round(time.perf_counter() - begin, 1)
+    results = {}
+    probabilities = {}
+    for k, (name, saved) in enumerate(classifiers.items()):
+        probabilities[name] = {i: p[k] for i, p in rows.items()}
+        trained = saved["args"]
         results[name] = {
             "checkpoint": name,
             "stage": saved["stage"],
@@ -116,21 +132,21 @@ def evaluate_folder(folder, classifiers, args, device):
             "seed": trained["seed"],
             "epochs": saved["epoch"],
             "finished": saved["finished"],
-            **accuracies(rows, videos),
+            **accuracies(probabilities[name], videos),
             "unreadable": len(unreadable),
             "clips": args.clips,
             "scales": args.scales,
-            "seconds": round(time.perf_counter() - begin, 1),
+            "seconds": seconds,  # for all of them
         }
     if all(name in classifiers for name in TEACHERS):
         saved_teachers = [classifiers[name] for name in TEACHERS]
         p_inv, p_dist = (probabilities[name] for name in TEACHERS)
         together = combine_on_test_videos(p_inv, p_dist, saved_teachers, folder, videos, args,
                                           device)
-        for title, rows in together.items():
+        for title, p in together.items():
             results[title] = {**results[TEACHERS[0]], "checkpoint": title, "stage": "teachers",
-                              "init": None, **accuracies(rows, videos)}
-    return sorted(results.values(), key=lambda r: r["stage"] == "student")
+                              "init": None, **accuracies(p, videos)}
+    return list(results.values())
 
 
 def accuracies(rows, videos):
@@ -193,26 +209,33 @@ def similarity_of_test_videos(saved, folder, videos, args, device):
     return rows
 
 
-def class_probabilities(saved, videos, args, device, title):
-    """Softmax of a checkpoint's classifier, averaged over uniformly spaced clips and centre crops
-    of the given shares of the short side (Sec. 4.2).
+def class_probabilities(classifiers, videos, args, device):
+    """Softmax of checkpoints' classifiers, averaged over uniformly spaced clips and centre crops of
+    the given shares of the short side (Sec. 4.2).
 
-    Returns {id: (C,)} and {id: reason} as map_videos does."""
-    model = load_classifier(saved, device)
-    trained = argparse.Namespace(**saved["args"])
+    classifiers: contents of checkpoints whose clips are alike. Returns {id: (classifiers, C)} and
+    {id: reason} as map_videos does."""
+    models = [load_classifier(saved, device) for saved in classifiers]
+    trained = argparse.Namespace(**classifiers[0]["args"])
 
     def probabilities(frames):
         crops = []
         for video in frames:
             for clip in video.split(trained.frames):
                 crops += [centre_crop(clip, trained.size, scale) for scale in args.scales]
-        with autocast(args, device):
-            logits = model(to_input(crops, model))
-        return logits.float().softmax(1).unflatten(0, (len(frames), -1)).mean(1)
+        crops = torch.stack(crops)
+        rows = []
+        for model in models:
+            with autocast(args, device):
+                logits = model(to_input(crops, model))
+            p = logits.float().softmax(1)
+            rows.append(p.unflatten(0, (len(frames), -1)).mean(1))
+        return torch.stack(rows, 1)
 
     spaced = functools.partial(spaced_clips, clips=args.clips, frames=trained.frames,
                                stride=trained.stride)
-    return map_videos(probabilities, videos, spaced, 4, trained.size, args.workers, device, title)
+    return map_videos(probabilities, videos, spaced, 4, trained.size, args.workers, device,
+                      "evaluation")
 
 
 def predict(args, device):
@@ -226,12 +249,12 @@ def predict(args, device):
             raise UserError(f"{path}: no video here")
         names += files
     videos = Videos("", names, [-1] * len(names), saved["classes"])
-    rows, unreadable = class_probabilities(saved, videos, args, device, args.checkpoint.name)
+    rows, unreadable = class_probabilities([saved], videos, args, device)
     predictions = []
     for i, name in enumerate(names):
         top5 = {}
         if i in rows:
-            best = rows[i].topk(min(5, len(saved["classes"])))
+            best = rows[i][0].topk(min(5, len(saved["classes"])))
             for p, c in zip(best.values.tolist(), best.indices.tolist()):
                 top5[saved["classes"][c]] = round(p, 4)
         predictions.append({"video": name, "top5": top5, "error": unreadable.get(i)})

@@ -2226,6 +2226,27 @@ class TestEvaluation:
             assert rows["teachers, mean"][i].allclose((p[0, i] + p[1, i]) / 2)
             assert rows["teachers, TSTR"][i].allclose(s * p[0, i] + (1 - s) * p[1, i], atol=1e-4)
 
+    def test_a_video_is_decoded_once_for_all_that_see_the_same_clips(
+            self, chain, toy, tmp_path, monkeypatch):
+        shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
+        run_stage("labeled_only", toy, tmp_path, "--restart", "--frames", 4)
+        decode_frames = tb.decode_frames
+        wanted = []
+
+        def counted(path, indices, short_side):
+            frames = decode_frames(path, indices, short_side)
+            wanted.append(len(frames))
+            return frames
+
+        monkeypatch.setattr(tb, "decode_frames", counted)
+        evaluate.main([str(tmp_path), *EVALUATE])
+        new, old = (read_results(folder) for folder in (tmp_path, chain))
+        videos = new[0]["videos"]
+        assert wanted == [2 * 4] * videos + [2 * 8] * 3 * videos  # the others; C of both teachers
+        for r in new + old:
+            r.pop("seconds")
+        assert new[0]["checkpoint"] == "labeled_only.pt" and new[1:] == old[1:]
+
     def test_stage_1_is_found_beside_teachers_that_moved(self, chain, tmp_path, capsys):
         for name in ("inv", "dist", "inv_ft", "dist_ft"):
             saved = load(chain, name)
