@@ -2239,13 +2239,15 @@ class TestEvaluation:
             return frames
 
         monkeypatch.setattr(tb, "decode_frames", counted)
-        evaluate.main([str(tmp_path), *EVALUATE])
-        new, old = (read_results(folder) for folder in (tmp_path, chain))
-        videos = new[0]["videos"]
-        assert wanted == [2 * 4] * videos + [2 * 8] * 3 * videos  # the others; C of both teachers
-        for r in new + old:
-            r.pop("seconds")
-        assert new[0]["checkpoint"] == "labeled_only.pt" and new[1:] == old[1:]
+        evaluate.main([str(tmp_path), *EVALUATE, "--clips", "3"])
+        together = read_results(tmp_path)
+        assert [r["checkpoint"] for r in together] == EVALUATED
+        videos = together[0]["videos"]
+        # labeled_only.pt; the three others; C of both teachers
+        assert wanted == [3 * 4] * videos + [3 * 8] * videos + [2 * 8] * 2 * videos
+        evaluate.main([str(tmp_path / "student.pt"), *EVALUATE, "--clips", "3"])
+        alone, = read_results(tmp_path)
+        assert {**alone, "seconds": 0} == {**together[-1], "seconds": 0}
 
     def test_stage_1_is_found_beside_teachers_that_moved(self, chain, tmp_path, capsys):
         for name in ("inv", "dist", "inv_ft", "dist_ft"):
