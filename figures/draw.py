@@ -1,7 +1,7 @@
 """Figures 1 and 4 of the paper, from run folders that evaluate.py has evaluated: the two teachers
 class by class, mean over all folders, and the clips of three videos of the first.
 
-    python figures/draw.py runs/study-?       # writes classes.png and similarity.png beside itself
+    python figures/draw.py runs/study-*       # writes classes.png and similarity.png beside itself
 """
 
 import argparse
