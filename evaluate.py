@@ -96,14 +96,26 @@ def evaluate_folder(folder, classifiers, args, device):
         seen = {**saved["args"], "root": args.root or saved["args"]["root"]}
         seen = tuple(seen[k] for k in ("data", "root", "split", "frames", "stride", "size"))
         groups.setdefault(seen, {})[name] = saved
-    results = []
+    results = dict.fromkeys(classifiers)  # in their order
+    probabilities = {}
     for group in groups.values():
-        results += evaluate_group(folder, group, args, device)
-    return sorted(results, key=lambda r: r["stage"] == "student")
+        videos, rows, entries = evaluate_group(folder, group, args, device)
+        probabilities |= rows
+        results |= entries
+    if all(name in classifiers for name in TEACHERS):
+        saved_teachers = [classifiers[name] for name in TEACHERS]
+        p_inv, p_dist = (probabilities[name] for name in TEACHERS)
+        together = combine_on_test_videos(p_inv, p_dist, saved_teachers, folder, videos, args,
+                                          device)
+        for title, rows in together.items():
+            results[title] = {**results[TEACHERS[0]], "checkpoint": title, "stage": "teachers",
+                              "init": None, **accuracies(rows, videos)}
+    return sorted(results.values(), key=lambda r: r["stage"] == "student")
 
 
 def evaluate_group(folder, classifiers, args, device):
-    """The entries of results.json of classifiers that see the same clips."""
+    """Of classifiers that see the same clips: the test videos, {name: {id: (C,)}} and {name: entry
+    of results.json}."""
     begin = time.perf_counter()
     trained = next(iter(classifiers.values()))["args"]
     videos = read_videos(trained["data"], args.root or trained["root"], False, trained["split"])
@@ -138,15 +150,7 @@ def evaluate_group(folder, classifiers, args, device):
             "scales": args.scales,
             "seconds": seconds,  # for all of them
         }
-    if all(name in classifiers for name in TEACHERS):
-        saved_teachers = [classifiers[name] for name in TEACHERS]
-        p_inv, p_dist = (probabilities[name] for name in TEACHERS)
-        together = combine_on_test_videos(p_inv, p_dist, saved_teachers, folder, videos, args,
-                                          device)
-        for title, p in together.items():
-            results[title] = {**results[TEACHERS[0]], "checkpoint": title, "stage": "teachers",
-                              "init": None, **accuracies(p, videos)}
-    return list(results.values())
+    return videos, probabilities, results
 
 
 def accuracies(rows, videos):

@@ -2249,6 +2249,14 @@ class TestEvaluation:
         alone, = read_results(tmp_path)
         assert {**alone, "seconds": 0} == {**together[-1], "seconds": 0}
 
+    def test_teachers_that_see_different_clips_are_combined_too(self, chain, tmp_path):
+        shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
+        saved = load(chain, "inv_ft")
+        saved["args"]["frames"] = 4
+        torch.save(saved, tmp_path / "inv_ft.pt")
+        evaluate.main([str(tmp_path), *EVALUATE])
+        assert [r["checkpoint"] for r in read_results(tmp_path)] == EVALUATED
+
     def test_stage_1_is_found_beside_teachers_that_moved(self, chain, tmp_path, capsys):
         for name in ("inv", "dist", "inv_ft", "dist_ft"):
             saved = load(chain, name)
@@ -3124,7 +3132,7 @@ class TestCuda:
         x = torch.randn(2, 3, 16, 64, 64).to(memory_format=torch.channels_last_3d)
         with torch.no_grad():
             expected = model(x)
-            gpu = copy.deepcopy(model).to(GPU).to(memory_format=torch.channels_last_3d)
+            gpu = copy.deepcopy(model).to(GPU, memory_format=torch.channels_last_3d)
             found = gpu(x.to(GPU)).cpu()
             with torch.autocast(GPU, torch.bfloat16):
                 short = gpu(x.to(GPU)).float().cpu()
@@ -3154,8 +3162,9 @@ class TestCuda:
             assert torch.allclose(value, terms[name], rtol=0.02, atol=0.02), name
         assert all(g.device.type == GPU and g.isfinite().all() for g in gradients.values())
 
-    @pytest.mark.parametrize("stage", ["inv", "dist", "labeled_only", "student"])
-    def test_a_step_never_waits_for_the_gpu(self, stage, chain, toy, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("stage, count", [
+        ("inv", 12), ("dist", 12), ("labeled_only", 4), ("student", 8)])
+    def test_a_step_never_waits_for_the_gpu(self, stage, count, chain, toy, tmp_path, monkeypatch):
         """From the batch to the update: what stops the host raises."""
         earlier_checkpoints(chain, tmp_path, stage)
         next_batch = tb.Meter.next_batch
@@ -3177,7 +3186,7 @@ class TestCuda:
         if GPU == "cpu":
             monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
         run_stage(stage, toy, tmp_path, *ON_GPU)
-        assert len(steps) > 2
+        assert len(steps) == count
 
     @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch without CUDA")
     @pytest.mark.parametrize("arch", ["r3d_18", "slow_r50"])
@@ -3210,7 +3219,7 @@ class TestCuda:
         assert all(loss.is_cuda and loss.dtype == torch.float32 for loss in losses)
 
     def test_dilated_convolution_is_cudnn_s(self):
-        model = tb.build_model("r3d_18", 2).to(GPU).to(memory_format=torch.channels_last_3d)
+        model = tb.build_model("r3d_18", 2).to(GPU, memory_format=torch.channels_last_3d)
         x = torch.randn(2, 3, 16, 64, 64, device=GPU)
         with torch.profiler.profile() as profile, torch.autocast(GPU, torch.bfloat16):
             model(x.to(memory_format=torch.channels_last_3d)).sum().backward()
