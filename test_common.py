@@ -3308,6 +3308,7 @@ MISTAKES = [  # the flags, and what the line names
         ("--teachers inv_ft.pt inv_ft.pt", "--teachers"), ("--omega -1", "--omega"),
         ("--teachers OUT/bad/other.pt", "classes"), ("--teacher-loss l1", "--teacher-loss"),
         ("--init nothing.pt", "nothing.pt"), ("--percent 50", "--percent"),
+        ("--batch 25", "unlabelled videos"),
         (" ".join(TINY) + " --lr 0.1 --name again", "lr")]),
     (evaluate, [
         ("OUT/inv.pt", "inv.pt"), ("/nowhere", "/nowhere"), ("OUT/empty", "empty"),

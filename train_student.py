@@ -58,6 +58,9 @@ def main(argv=None):
     unlabeled = np.setdiff1d(np.arange(len(videos)), labeled)
     if len(unlabeled) == 0:
         unlabeled = labeled  # with all labels, the teachers speak on the same videos once more
+    steps = len(unlabeled) // args.batch  # an epoch is one lap of these; labelled ones cycle
+    if not steps:
+        raise UserError(f"--batch {args.batch} is more than the {len(unlabeled)} unlabelled videos")
     seed = seed_of("student", args.seed)
     torch.manual_seed(seed)
     student = build_model(args.arch, len(videos.classes))
@@ -71,7 +74,6 @@ def main(argv=None):
     pools = [Pool(labeled, args.batch, cycle=True)]
     if teachers:  # the unlabelled videos come first
         pools.insert(0, Pool(unlabeled, args.batch, cycle=False))
-    steps = len(unlabeled) // args.batch  # one lap of the unlabelled videos; labelled ones cycle
     batches = Batches(videos, pools, args.frames, seed, args, device, steps)
     meter = Meter(state, batches, args, device)
 
