@@ -1304,7 +1304,7 @@ def render_toy(root, train=400, test=200, seed=0):
         names.append(f"{c}/v_{c}_g{k // 4 + 1:02}_c{k % 4 + 1:02}.avi")
         path = root / "UCF-101" / names[i]
         if not path.exists():
-            frames = toy_clip(label, draw(seed, int.from_bytes(names[i].encode())))
+            frames = toy_clip(label, draw(seed, int.from_bytes(names[i].encode(), "big")))
             write_atomically(path, lambda file: encode_video(file, frames))
     rows = [f"{name} {i % len(classes) + 1}" for i, name in enumerate(names)]
     lists = {
