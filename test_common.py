@@ -1306,7 +1306,8 @@ def published(request, real_data, tmp_path_factory):
     args = argparse.Namespace(data=data, root=root, split=1, pool="all", labeled_list=path,
                               out=tmp_path_factory.mktemp("out"))
     with (contextlib.redirect_stdout(io.StringIO()) as text,
-          warnings.catch_warnings(record=True, action="always") as caught):
+          warnings.catch_warnings(record=True) as caught):
+        warnings.simplefilter("always")
         labeled, videos = tb.labeled_and_all_videos(args)
     text = text.getvalue() + "".join(str(warning.message) for warning in caught)
     return SimpleNamespace(data=data, percent=percent, count=count, videos=videos, labeled=labeled,
