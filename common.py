@@ -482,14 +482,15 @@ def recompute_parts(backbone):
 # ---- Decoding: exact frames of real files --------------------------------------------------------
 SEEKABLE = {"avi", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"}  # have an index: seeking is exact
 DECODE_ERRORS = (av.FFmpegError, OSError, ValueError, IndexError)  # what a damaged file can raise
+# HMDB51 has metadata that is not UTF-8, which PyAV below 19 takes for an error.
+OPEN = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 
 
 def open_video(path):
     """An open av container and its first video stream that is no attached picture, decoded in this
     thread."""
-    # "file:" keeps a name with a colon from being taken for a URL; HMDB51 has metadata that is not
-    # UTF-8.
-    container = av.open(f"file:{os.fspath(path)}", metadata_errors="ignore")
+    # "file:" keeps a name with a colon from being taken for a URL.
+    container = av.open(f"file:{os.fspath(path)}", **OPEN)
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:
             stream.thread_type = "NONE"  # the data loader's workers are the threads

@@ -650,7 +650,7 @@ def write_sound_with_cover(path):
 
 def full_decode(path, stream=0):
     """All frames, by PyAV's plainest means."""
-    with av.open(str(path), metadata_errors="ignore") as container:
+    with av.open(str(path), **tb.OPEN) as container:
         frames = container.decode(video=stream)
         return np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
 
