@@ -2060,6 +2060,13 @@ class TestSmallFolders:
 
 
 class TestBrokenVideos:
+    def test_a_name_that_is_not_utf_8_can_be_printed(self, monkeypatch):
+        terminal = io.TextIOWrapper(io.BytesIO(), "utf-8")
+        monkeypatch.setattr(sys, "stdout", terminal)
+        tb.print0("cannot be decoded: é", os.fsdecode(b"\xff.avi"))
+        terminal.flush()
+        assert terminal.buffer.getvalue() == "cannot be decoded: é \\udcff.avi\n".encode()
+
     def test_some_are_named_replaced_and_counted(self, broken, capsys):
         root, break_files = broken
         bad = break_files(range(10, 60, 10 + 1))  # five of them, one of each kind
