@@ -21,6 +21,7 @@ import importlib.util
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -1018,8 +1019,8 @@ def signalled(moment, at, number, program, *argv):
 
 def run_here(function, *argv, seconds=300):
     """Run one of this file's functions in another process: a fork, which has torch loaded, unless
-    there is a GPU, whose context no fork survives."""
-    if torch.cuda.is_available():
+    there is a GPU, whose context no fork survives, or a fork server (Python 3.14)."""
+    if torch.cuda.is_available() or multiprocessing.get_start_method() != "fork":
         command = [sys.executable, __file__, function.__name__, *map(str, argv)]
         return subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=seconds)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
