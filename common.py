@@ -1989,7 +1989,8 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
+        with contextlib.suppress(OSError):  # which some network file systems refuse for folders
+            os.fsync(folder)
         os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
         raise UserError(f"{path} cannot be written, what was there is left: {error}") from error

@@ -2773,6 +2773,18 @@ class TestResume:
         assert (tmp_path / "inv.pt").read_bytes() == (chain / "inv.pt").read_bytes()
         assert not list(tmp_path.glob(".inv.pt*"))
 
+    def test_a_file_system_that_syncs_no_folder_is_no_error(self, tmp_path, monkeypatch):
+        fsync = os.fsync
+
+        def of_files_alone(descriptor):
+            if os.path.isdir(f"/dev/fd/{descriptor}"):
+                raise OSError(errno.EINVAL, "Invalid argument")
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", of_files_alone)
+        tb.write_bytes(tmp_path / "out" / "log", b"content")
+        assert [path.read_bytes() for path in (tmp_path / "out").iterdir()] == [b"content"]
+
     def test_no_code_in_a_checkpoint_runs(self, tmp_path, toy):
         content = {"stage": "pretrain_inv", "model": Malicious(tmp_path / "touched")}
         torch.save(content, tmp_path / "inv.pt")
