@@ -2181,9 +2181,10 @@ DATA_SETS = ("toy", "ucf101", "hmdb51", "kinetics400", "folder")
 SMALL = 1000  # a folder of fewer training videos has settings of its own
 
 
-def defaults(data, stage, videos=math.inf):
+def defaults(data, stage, videos=math.inf, batch=None):
     """What a stage ("pretrain", "finetune", "student") does where no flag says otherwise: the
-    paper's settings, and others for toy and for small folders of `videos` training videos.
+    paper's settings, and others for toy and for small folders of `videos` training videos, of which
+    --batch takes `batch` a step.
 
     Batch and epochs of fine-tuning, which the paper does not name, are the authors' code's."""
     ssl = stage == "pretrain"
@@ -2219,8 +2220,9 @@ def defaults(data, stage, videos=math.inf):
     small_folder = data == "folder" and videos < SMALL
     if small_folder and ssl:
         # The paper's 250 epochs are 60,000 steps of UCF101, but 1,000 of 160 videos.
-        settings["batch"] = 8
-        settings["epochs"] = max(settings["epochs"], 5000 // max(1, videos // 8))
+        settings["batch"] = batch or 8
+        steps = max(1, videos // settings["batch"])
+        settings["epochs"] = max(settings["epochs"], 5000 // steps)
     if data == "toy" or small_folder:  # an epoch has few steps
         settings["patience"] = 25
         if stage == "finetune":
@@ -2246,7 +2248,7 @@ def settle_arguments(args, stage="", sources={}, inherited=()):
     table = defaults(args.data or "toy", stage) if stage else {}
     if stage and args.data == "folder":
         videos = read_videos("folder", args.root or table["root"], train=True)
-        table = defaults("folder", stage, len(videos))
+        table = defaults("folder", stage, len(videos), args.batch)
     if getattr(args, "labeled_list", None):
         if args.percent is not None:
             raise UserError("--percent and --labeled-list: choose one")

@@ -2059,6 +2059,13 @@ class TestSmallFolders:
             pretrain_inv.main([*flags, "--clips", "2", "--benchmark", "1"])
         assert f"--batch {batch} " in capsys.readouterr().out
 
+    @pytest.mark.parametrize("batch, epochs", [(10, 500), (20, 1000)])  # it has 100 videos
+    def test_another_batch_makes_as_many_steps(self, batch, epochs, broken, monkeypatch, capsys):
+        monkeypatch.setattr(pretrain_inv, "training_videos", lambda args: sys.exit())
+        flags = ["--data", "folder", "--root", str(broken[0]), "--batch", str(batch)]
+        pretrain_inv.main([*flags, "--device", "cpu"])
+        assert f"--epochs {epochs} " in capsys.readouterr().out
+
 
 class TestBrokenVideos:
     def test_a_name_that_is_not_utf_8_can_be_printed(self, monkeypatch):
