@@ -65,7 +65,7 @@ def print0(*text):
     """Print above the progress bar, from torchrun's first process alone; what the terminal's
     encoding has not, as a file's name may, as an escape."""
     if os.environ.get("RANK", "0") == "0":
-        encoding = sys.stdout.encoding or "utf-8"
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         line = " ".join(map(str, text))
         tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding))
 
