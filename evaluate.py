@@ -98,13 +98,16 @@ def evaluate_folder(folder, classifiers, args, device):
         groups.setdefault(seen, {})[name] = saved
     results = dict.fromkeys(classifiers)  # in their order
     probabilities = {}
+    videos_of = {}
     for group in groups.values():
         videos, rows, entries = evaluate_group(folder, group, args, device)
+        videos_of |= dict.fromkeys(group, videos)
         probabilities |= rows
         results |= entries
     if all(name in classifiers for name in TEACHERS):
         saved_teachers = [classifiers[name] for name in TEACHERS]
         p_inv, p_dist = (probabilities[name] for name in TEACHERS)
+        videos = videos_of[TEACHERS[0]]
         together = combine_on_test_videos(p_inv, p_dist, saved_teachers, folder, videos, args,
                                           device)
         for title, rows in together.items():

@@ -2273,6 +2273,19 @@ class TestEvaluation:
         evaluate.main([str(tmp_path), *EVALUATE])
         assert [r["checkpoint"] for r in read_results(tmp_path)] == EVALUATED
 
+    def test_teachers_together_are_measured_on_their_own_videos(self, chain, toy, tmp_path):
+        shutil.copytree(chain, tmp_path / "run")
+        shutil.copytree(toy, tmp_path / "few")
+        listed = tmp_path / "few/ucfTrainTestlist/testlist01.txt"
+        listed.write_text("".join(listed.read_text().splitlines(keepends=True)[:-2]))
+        saved = load(chain, "student")
+        saved["args"]["root"] = str(tmp_path / "few")
+        torch.save(saved, tmp_path / "run/student.pt")
+        evaluate.main([str(tmp_path / "run"), *EVALUATE])
+        *others, student = read_results(tmp_path / "run")
+        assert student["checkpoint"] == "student.pt"
+        assert {r["videos"] for r in others} == {student["videos"] + 2}
+
     def test_stage_1_is_found_beside_teachers_that_moved(self, chain, tmp_path, capsys):
         for name in ("inv", "dist", "inv_ft", "dist_ft"):
             saved = load(chain, name)
