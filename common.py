@@ -34,6 +34,9 @@ from pathlib import Path
 # Read when torch is loaded, hence before it, here and in the scripts. A thread that waits for
 # another one is to sleep: if it spins, each busy neighbour makes a step many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Segments of a fixed size leave gaps of 5 to 11 GiB in a GPU's memory.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import av
 import numpy as np
@@ -42,7 +45,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.video.resnet import BasicBlock, Conv3DSimple
@@ -204,23 +208,21 @@ def combine_teachers(p_inv, p_dist, score):
 
 # ---- Models --------------------------------------------------------------------------------------
 class Backbone(nn.Module):
-    """What both networks share: their parts() one after the other, each followed by ReLU, make the
-    features.
+    """What both networks share: list_blocks(), the stem and the residual blocks in their order.
 
-    recomputed: how many of the first parts recompute_parts recomputes, and how many of these it
-    recomputes twice."""
-
-    def parts(self):
-        """The stem and the residual blocks, in order, without their last ReLU.
-
-        ReLU keeps its output for the backward pass. Outside of the parts that is the tensor which
-        the next part keeps as its input; a recomputed part would make it a second time."""
-        raise NotImplementedError
+    checkpointing: recompute the activations of each block in the backward pass, instead of keeping
+    them (activation checkpointing)."""
+    checkpointing = False
 
     def features(self, x):
         """(B, 3, T, H, W) -> (B, D, T'), pooled over space only."""
-        for part in self.parts():
-            x = F.relu(part(x))
+        for block in self.list_blocks():
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False,
+                               context_fn=lambda: (contextlib.nullcontext(),
+                                                   frozen_statistics(block)))
+            else:
+                x = block(x)
         return x.mean((3, 4))
 
     def initialise(self, mean, std):
@@ -234,6 +236,22 @@ class Backbone(nn.Module):
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, 0, 0.01)
                 nn.init.zeros_(module.bias)
+
+
+@contextlib.contextmanager
+def frozen_statistics(block):
+    """The second pass of a checkpointed block: its BatchNorms have counted the batch already."""
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    momentum = [norm.momentum for norm in norms]
+    counted = [norm.num_batches_tracked.clone() for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:  # torch leaves the second pass by an exception, as soon as it has what it needs
+        for norm, before, count in zip(norms, momentum, counted):
+            norm.momentum = before
+            norm.num_batches_tracked.copy_(count)
 
 
 class R3D(Backbone):
@@ -255,12 +273,10 @@ class R3D(Backbone):
             blocks = [BasicBlock(dim_in, dim_out, Conv3DSimple, stride, shortcut)]
             for _ in range(depth - 1):
                 blocks.append(BasicBlock(dim_out, dim_out, Conv3DSimple))
-            for block in blocks:
-                block.relu = nn.Identity()  # features() has it
             return nn.Sequential(*blocks)
 
         stem = nn.Conv3d(3, width, (3, 7, 7), (1 + early, 2, 2), (1, 3, 3), bias=False)
-        self.stem = nn.Sequential(stem, nn.BatchNorm3d(width))
+        self.stem = nn.Sequential(stem, nn.BatchNorm3d(width), nn.ReLU(inplace=True))
         self.layer1 = layer(width, width, 1)
         self.layer2 = layer(width, 2 * width, 2)
         self.layer3 = layer(2 * width, 4 * width, 2)
@@ -273,10 +289,9 @@ class R3D(Backbone):
         conv.stride = (1, 2, 2)
         conv.dilation = conv.padding = (2, 1, 1)
         self.layer4[0].downsample[0].stride = (1, 2, 2)
-        self.recomputed = 1 + depth, depth  # layer1's activations are four times the others'
         self.initialise(mean=(0.43216, 0.394666, 0.37645), std=(0.22803, 0.22145, 0.216989))
 
-    def parts(self):
+    def list_blocks(self):
         return [self.stem, *self.layer1, *self.layer2, *self.layer3, *self.layer4]
 
     def forward(self, x):
@@ -304,11 +319,12 @@ class Bottleneck(nn.Module):
             act_b=nn.ReLU(inplace=True),
             conv_c=nn.Conv3d(dim_inner, dim_out, 1, bias=False),
             norm_c=nn.BatchNorm3d(dim_out)))
+        self.activation = nn.ReLU(inplace=True)
         nn.init.zeros_(self.branch2.norm_c.weight)
 
     def forward(self, x):
         shortcut = x if self.branch1_conv is None else self.branch1_norm(self.branch1_conv(x))
-        return shortcut + self.branch2(x)  # features() has the ReLU
+        return self.activation(shortcut + self.branch2(x))
 
 
 class SlowR50(Backbone):
@@ -322,7 +338,8 @@ class SlowR50(Backbone):
         stem = nn.Sequential(OrderedDict(
             conv=nn.Conv3d(3, 64, (1, 7, 7), (1, 2, 2), (0, 3, 3), bias=False),
             norm=nn.BatchNorm3d(64),
-            pool=nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))))  # ReLU behind it is the same
+            pool=nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
+            activation=nn.ReLU(inplace=True)))  # before the pooling it gives the same, more slowly
         stages = []
         dim_in = 64
         for depth, inner, kernel, stride in [(3, 64, 1, 1), (4, 128, 1, 2), (6, 256, 3, 2),
@@ -335,10 +352,9 @@ class SlowR50(Backbone):
         head = nn.Sequential(OrderedDict(
             dropout=nn.Dropout(0.5), proj=nn.Linear(dim_in, num_classes)))
         self.blocks = nn.Sequential(stem, *stages, head)
-        self.recomputed = 16, 3
         self.initialise(mean=(0.45, 0.45, 0.45), std=(0.225, 0.225, 0.225))
 
-    def parts(self):
+    def list_blocks(self):
         stem, *stages, _ = self.blocks
         return [stem] + [block for stage in stages for block in stage.res_blocks]
 
@@ -449,37 +465,6 @@ def load_backbone(model, saved):
         fitting["stem.0.weight"] = fitting["stem.0.weight"].flip(1)
     model.load_state_dict(fitting, strict=False)
     return len(fitting), len(weights) - len(fitting)
-
-
-def recompute_parts(backbone):
-    """Recompute parts in the backward pass (activation checkpointing, --checkpointing): of each it
-    keeps the input until then, and not even that of the very first, whose activations are the
-    largest: these are recomputed together, to have the input of each, then one by one."""
-    @contextlib.contextmanager
-    def without_statistics(module):  # the first pass has updated BatchNorm's, no other must
-        before = [buffer.clone() for buffer in module.buffers()]
-        try:
-            yield
-        finally:  # torch leaves a second pass by an exception, as soon as it has what it needs
-            for buffer, value in zip(module.buffers(), before):
-                buffer.data.copy_(value)  # .data: autograd has saved them and need not know
-
-    def recompute_inside(module):
-        def contexts():
-            return contextlib.nullcontext(), without_statistics(module)
-
-        module.forward = functools.partial(
-            recompute, module.forward, use_reentrant=False, context_fn=contexts)
-
-    once, twice = backbone.recomputed
-    parts = backbone.parts()
-    for part in parts[:once]:
-        recompute_inside(part)
-    first = nn.Sequential(parts[0])
-    for part in parts[1:twice]:
-        first.extend([nn.ReLU(), part])
-    recompute_inside(first)
-    backbone.parts = lambda: [first, *parts[twice:]]
 
 
 # ---- Decoding: exact frames of real files --------------------------------------------------------
@@ -1067,64 +1052,131 @@ def all_gather(z):
     return torch.cat(rows)
 
 
-class SynchronisedNorm(torch.autograd.Function):
-    """BatchNorm in training, over the equally many rows of all ranks: (N, C, ...) -> the same, mean
-    and biased variance (C,).
+class BatchNorm(_BatchNorm):
+    """nn.BatchNorm1d to 3d whose training statistics are those of the clips of all processes, each
+    of which has equally many.
 
-    Unlike nn.SyncBatchNorm it runs on gloo, too, never stops the host and breaks no compiled graph:
-    that one leaves out ranks without rows, by a mask that the host must read."""
+    nn.SyncBatchNorm does the same on GPUs alone, and waits for them, to leave out processes without
+    clips. One process on a CPU, and compiled code of one process, take torch's own operation."""
+
+    @classmethod
+    def convert(cls, module):
+        """Replace all of torch's BatchNorms inside a module, as convert_sync_batchnorm does; they
+        keep their parameters and buffers."""
+        for name, child in module.named_children():
+            if isinstance(child, _BatchNorm):
+                norm = cls(child.num_features, child.eps, child.momentum)
+                norm._parameters = child._parameters
+                norm._buffers = child._buffers
+                norm.train(child.training)
+                setattr(module, name, norm)
+            else:
+                cls.convert(child)
+
+    def _check_input_dim(self, x):
+        """As nn.SyncBatchNorm: any number of dimensions."""
+
+    def forward(self, x):
+        if not self.training or (world_size() == 1 and not has_kernels(x)):
+            return super().forward(x)
+        y, mean, var = NormaliseRows.apply(x, self.weight, self.bias, self.eps)
+        count = x.numel() // x.shape[1] * world_size()
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+        return y
+
+
+class NormaliseRows(torch.autograd.Function):
+    """BatchNorm in training over the rows of all processes: (N, C) or (N, C, T, H, W) -> the same,
+    mean and biased variance (C,).
+
+    The result is no view: an in-place ReLU behind a view makes autograd copy whole activations. On
+    GPUs these are the kernels of nn.SyncBatchNorm; elsewhere, and in compiled code, plain ones."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        dims = [0, *range(2, x.ndim)]
-        norm = torch.linalg.vector_norm(x, dim=dims, dtype=weight.dtype)  # float32 for bf16, too
-        sums = torch.stack([x.sum(dims, dtype=weight.dtype), norm.square()])
-        dist.all_reduce(sums)
+        x = channels_last(x)
+        y = torch.empty_like(x)
+        pieces = as_rows(x)
+        sums = torch.stack([row_sums(piece, weight.dtype, eps) for piece in pieces]).sum(0)
+        if world_size() > 1:
+            dist.all_reduce(sums)
         ctx.count = x.numel() // x.shape[1] * world_size()
         mean, square = sums / ctx.count
         var = (square - mean.square()).clamp_min(0)
+        inverse_std = (var + eps).rsqrt()
+        mean, var, inverse_std = (t.to(weight.dtype) for t in (mean, var, inverse_std))
+        for piece, out in zip(pieces, as_rows(y)):
+            if has_kernels(x):
+                torch.batch_norm_elemt(piece, weight, bias, mean, inverse_std, eps, out=out)
+            else:
+                out.copy_(F.batch_norm(piece, mean, var, weight, bias, eps=eps))
         ctx.eps = eps
-        ctx.save_for_backward(x, weight, mean, var)
+        ctx.save_for_backward(x, weight, mean, var, inverse_std)
         ctx.mark_non_differentiable(mean, var)
-        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
+        return y, mean, var
 
     @staticmethod
-    def backward(ctx, dy, _mean, _var):
-        x, weight, mean, var = ctx.saved_tensors
-        # The gradients at fixed mean and variance, by one kernel; then what goes through these two.
-        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            dy, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True])
-        sums = torch.stack([dweight, dbias])
-        dist.all_reduce(sums)
+    def backward(ctx, dy, *_):
+        x, weight, mean, var, inverse_std = ctx.saved_tensors
+        plain = torch.ops.aten.native_batch_norm_backward  # at fixed mean and variance
+        fixed = (weight, mean, var, None, None, False, ctx.eps)
+        pieces = list(zip(as_rows(channels_last(dy)), as_rows(x)))
+        sums = 0  # of dy * x_hat, and of dy: the gradients of weight and bias
+        for d, piece in pieces:
+            if has_kernels(x):
+                *_, dweight, dbias = torch.batch_norm_backward_reduce(
+                    d, piece, mean, inverse_std, weight, True, True, True)
+            else:
+                _, dweight, dbias = plain(d, piece, *fixed, [False, True, True])
+            sums = sums + torch.stack([dweight, dbias])
+        dweight, dbias = sums
+        if world_size() > 1:
+            sums = sums.clone()
+            dist.all_reduce(sums)
         by_x_hat, by_one = sums / ctx.count
-        inverse_std = (var + ctx.eps).rsqrt()
-        slope = weight * inverse_std * by_x_hat * inverse_std
-        offset = weight * inverse_std * by_one - slope * mean
-        channels = [1, -1] + [1] * (x.ndim - 2)
-        dx.addcmul_(x, slope.view(channels), value=-1).sub_(offset.view(channels))
-        return dx, dweight, dbias, None
+        dx = []
+        for d, piece in pieces:
+            if has_kernels(x):
+                one = torch.ones(1, dtype=torch.int32, device=x.device)
+                dx.append(torch.batch_norm_backward_elemt(
+                    d, piece, mean, inverse_std, weight, by_one, by_x_hat / inverse_std, one))
+            else:
+                slope = weight * inverse_std * by_x_hat * inverse_std
+                offset = weight * inverse_std * by_one - slope * mean
+                dx.append(plain(d, piece, *fixed, [True, False, False])[0])
+                dx[-1].addcmul_(piece, slope, value=-1).sub_(offset)
+        dx = dx[0] if len(dx) == 1 else torch.cat(dx)
+        return dx.view(x.movedim(1, -1).shape).movedim(-1, 1), dweight, dbias, None
 
 
-def batch_norm(module, x):
-    """forward of nn.BatchNorm1d to 3d, over all ranks in training, and in 4 dimensions: for 5 torch
-    has no channels_last kernels in bfloat16."""
-    flat = x.flatten(2, 3) if x.ndim == 5 else x  # a view
-    mean = module.running_mean
-    var = module.running_var
-    momentum = module.momentum
-    if module.training:
-        module.num_batches_tracked.add_(1)
-    if module.training and world_size() > 1:
-        y, batch_mean, batch_var = SynchronisedNorm.apply(
-            flat, module.weight, module.bias, module.eps)
-        with torch.no_grad():
-            count = flat.numel() // flat.shape[1] * world_size()
-            mean.lerp_(batch_mean, momentum)
-            var.lerp_(batch_var * (count / (count - 1)), momentum)
-    else:
-        y = F.batch_norm(flat, mean, var, module.weight, module.bias, module.training, momentum,
-                         module.eps)
-    return y.unflatten(2, x.shape[2:4]) if x.ndim == 5 else y
+def has_kernels(x):
+    """Whether the kernels of nn.SyncBatchNorm can be called."""
+    return x.is_cuda and not torch.compiler.is_compiling()
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last_3d) if x.ndim == 5 else x.contiguous()
+
+
+LARGEST = 2**31 - 1  # elements: above, torch's BatchNorm copies its input in float32
+
+
+def as_rows(x):
+    """(N, C) or (N, C, T, H, W) in channels_last_3d -> views (rows, C), of at most LARGEST elements
+    each."""
+    return x.movedim(1, -1).view(-1, x.shape[1]).split(LARGEST // x.shape[1])
+
+
+def row_sums(x, dtype, eps):
+    """(rows, C) -> float64 (2, C), in which the variance can be told: sums of x and of x * x."""
+    if has_kernels(x):
+        mean, inverse_std = (t.double() for t in torch.batch_norm_stats(x, eps))
+        return len(x) * torch.stack([mean, inverse_std.pow(-2) - eps + mean.square()])
+    norm = torch.linalg.vector_norm(x, dim=0, dtype=dtype)  # float32 for bf16, too
+    return torch.stack([x.sum(0, dtype=dtype).double(), norm.double().square()])
 
 
 def gather_objects(value):
@@ -1680,10 +1732,8 @@ class State:
         self.sums = {}  # of the loss terms over these steps
         self.finished = False
 
+        BatchNorm.convert(net)
         net.to(device, memory_format=torch.channels_last_3d)
-        for module in net.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.forward = functools.partial(batch_norm, module)
         trained = [p for p in net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(trained, args.lr, betas=(0.9, 0.999),
                                           fused=device.type == "cuda")
@@ -1701,12 +1751,11 @@ class State:
         else:
             self.write_log([json.dumps(describe_command())])
         if args.compile:
-            # The parts differ in shape, the steps do not: as many variants as there are parts.
+            # The blocks differ in shape, the steps do not: as many variants as there are blocks.
             torch._dynamo.config.recompile_limit = 64
-            for part in backbone.parts():
-                part.forward = torch.compile(part.forward, dynamic=False)
-        if args.checkpointing:
-            recompute_parts(backbone)
+            for block in backbone.list_blocks():
+                block.compile(dynamic=False)
+        backbone.checkpointing = args.checkpointing
         self.net = nn.parallel.DistributedDataParallel(net) if world_size() > 1 else net
 
     def resume(self):

@@ -499,96 +499,6 @@ class TestModels:
                 tb.start_from(hollow(tb.build_model, arch, 7), "x.pth", saved)
 
 
-# ---- Recomputation in the backward pass: what it saves, what it leaves alone -------------------
-
-def two_steps(arch, recomputed):
-    """Losses, gradients, weights and buffers of two steps of stage 1b; the state dict's keys."""
-    torch.manual_seed(0)
-    model = tb.SlowR50(5) if arch == "slow_r50" else tb.R3D(5, width=8, depth=2)
-    net = tb.Embedder(model).to(memory_format=torch.channels_last_3d).train()
-    for module in net.modules():
-        if isinstance(module, tb.Bottleneck):  # which begins as the identity: no gradient inside
-            torch.nn.init.ones_(module.branch2.norm_c.weight)
-    if recomputed:
-        tb.recompute_parts(net.backbone)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, 1e-3)
-    noted = {}
-    for step in (1, 2):
-        clips = torch.randn(6, 3, 4 if arch == "slow_r50" else 16, 16, 16)
-        rows = net(clips.to(memory_format=torch.channels_last_3d), num_long=2, slices=4)
-        loss = tb.distinctive_loss(rows[:4].unflatten(0, (2, 2)), rows[4:8].unflatten(0, (2, 2)))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        noted[f"loss {step}"] = loss.detach()
-        for name, p in net.named_parameters():
-            if p.requires_grad:
-                noted[f"gradient {step} {name}"] = p.grad.clone()
-        for name, value in net.state_dict().items():
-            noted[f"state {step} {name}"] = value.clone()
-    return noted, list(net.state_dict())
-
-
-class Memory(TorchDispatchMode):
-    """The most bytes of tensors alive at once. Autograd keeps tensors out of Python's sight, so a
-    storage counts until it is freed, whoever held it."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive = {}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor.untyped_storage())
-        return out
-
-    def count(self, storage):
-        def freed(_, key=id(storage), size=storage.nbytes()):
-            del self.alive[key]
-            self.now -= size
-
-        if id(storage) not in self.alive:
-            self.alive[id(storage)] = weakref.ref(storage, freed)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-
-
-class TestMemory:
-    @pytest.mark.parametrize("arch", ["r3d", "slow_r50"])
-    def test_recomputation_changes_no_bit(self, arch):
-        plain, keys = two_steps(arch, recomputed=False)
-        other, other_keys = two_steps(arch, recomputed=True)
-        assert keys == other_keys and plain.keys() == other.keys()
-        for name, value in plain.items():
-            assert value.isfinite().all() and torch.equal(value, other[name]), name
-        batches = [v for k, v in other.items() if k.startswith("state 2") and "batches" in k]
-        assert batches and all(v == 2 for v in batches)  # BatchNorm saw each batch once
-
-    @pytest.mark.parametrize("arch", ["r3d_18", "slow_r50"])
-    def test_the_paper_s_batch_fits_a_gpu_of_80_gb(self, arch, monkeypatch):
-        """40 videos of stage 1b at 224 x 224 in bf16, by shapes alone."""
-        # On a CPU, and there alone, autocast pools in float32. Drawing random numbers is not faked.
-        pool = torch.nn.MaxPool3d.forward
-        outside = torch.autocast("cpu", enabled=False)
-        monkeypatch.setattr(torch.nn.MaxPool3d, "forward", outside(pool))
-        monkeypatch.setattr(tb, "recompute",
-                            functools.partial(tb.recompute, preserve_rng_state=False))
-        with FakeTensorMode():
-            net = tb.Embedder(tb.build_model(arch, 101)).train()
-            tb.recompute_parts(net.backbone)
-            clips = torch.randn(400, 3, 16, 224, 224, dtype=torch.bfloat16)
-            clips = clips.to(memory_format=torch.channels_last_3d)
-            with Memory() as memory, torch.autocast("cpu", torch.bfloat16):
-                memory.count(clips.untyped_storage())
-                net(clips, num_long=80, slices=4).sum().backward()
-        weights = sum(p.nbytes for p in net.parameters())
-        assert memory.peak + 3 * weights < 66 * 2**30  # Adam keeps two numbers a weight
-
-
 # ---- The decoder, on files of many kinds -------------------------------------------------------
 
 def moving_frames(count, height=48, width=64, seed=0):
@@ -2838,41 +2748,6 @@ def gradients_of_three_stages(toy, chain, out):
         torch.save(found, f"{out}/found.pt")
 
 
-class OneOfTwo:
-    """A process group of this process, which takes itself for one of two."""
-
-    def __enter__(self):
-        torch.distributed.init_process_group(
-            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(tb, "world_size", lambda: 2)
-
-    def __exit__(self, *_):
-        self.patch.undo()
-        torch.distributed.destroy_process_group()
-
-
-def normalised(norm, x, gradient):
-    """What a BatchNorm makes of x, with all gradients and buffers."""
-    norm = copy.deepcopy(norm)
-    x = x.detach().requires_grad_()
-    y = tb.batch_norm(norm, x) if norm.own else norm(x)
-    y.backward(gradient)
-    return [y.detach(), x.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()]
-
-
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def to_normalise(request):
-    """A BatchNorm3d, an input and a gradient."""
-    torch.manual_seed(0)
-    norm = torch.nn.BatchNorm3d(8)
-    torch.nn.init.uniform_(norm.weight)
-    torch.nn.init.normal_(norm.bias)
-    x = 2 * torch.randn(6, 8, 4, 5, 7) + 1
-    x = x.to(request.param, memory_format=torch.channels_last_3d)
-    return norm, x, torch.randn_like(x)
-
-
 class TestSettling:
     def test_the_weights_rest_in_the_last_30_steps_but_at_most_in_a_tenth(self, three_epochs):
         assert [batch.learn for batch in three_epochs] == [True] * 11 + [False]
@@ -2913,57 +2788,6 @@ class TestSettling:
         norm = model.stem[1]
         shift = norm.running_mean - model.stem[0](x).mean((0, 2, 3, 4))
         assert (shift.abs() / norm.running_var.sqrt()).mean() < 0.06
-
-
-class TestBatchNorm:
-    @pytest.mark.parametrize("training", [True, False])
-    def test_alone_it_is_torch_s(self, to_normalise, training):
-        norm, x, gradient = to_normalise
-        norm.train(training)
-        norm.own = False
-        expected = normalised(norm, x, gradient)
-        norm.own = True
-        for a, b in zip(normalised(norm, x, gradient), expected, strict=True):
-            assert torch.equal(a, b) and a.stride() == b.stride()
-
-    def test_of_several_processes_it_normalises_as_torch_s(self, to_normalise):
-        """A process whose twin has the same videos gets what it would get alone: the sums of both
-        are twice its own, for twice the count."""
-        norm, x, gradient = to_normalise
-        norm.own = False
-        expected = normalised(norm, x, gradient)
-        norm.own = True
-        with OneOfTwo(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.distributed, "all_reduce", lambda sums: sums.mul_(2))
-            found = normalised(norm, x, gradient)
-        atol = 1e-5 if x.dtype == torch.float32 else 0.02
-        for a, b in zip(found[:-2], expected[:-2], strict=True):
-            scale = float(b.abs().max())
-            assert torch.allclose(a.float(), b.float(), atol=atol * (1 + scale)), (a, b)
-
-    def test_it_never_stops_the_host(self, to_normalise):
-        norm, x, gradient = to_normalise
-        norm.own = True
-        with OneOfTwo(), CountedOperations() as counted:
-            normalised(norm, x, gradient)
-        assert len(counted.names) > 10
-        for stops in ("_local_scalar_dense", "nonzero", "masked_select", "unique"):
-            assert not any(stops in name for name in counted.names), stops
-
-    def test_it_breaks_no_graph(self):
-        norm = torch.nn.BatchNorm3d(8)
-        graphs = []
-
-        def backend(graph, _example):
-            graphs.append(graph)
-            return graph
-
-        with OneOfTwo():
-            torch.compiler.reset()
-            function = torch.compile(functools.partial(tb.batch_norm, norm), backend=backend,
-                                     fullgraph=True)
-            function(torch.randn(2, 8, 4, 5, 5, requires_grad=True)).sum().backward()
-        assert len(graphs) == 1
 
 
 def torchrun(script, *argv, flags=(), interrupt=lambda: False):
@@ -3241,9 +3065,6 @@ class TestCuda:
             with torch.device("cuda:0"):
                 net = tb.Embedder(tb.build_model(arch, 5))
                 videos = [torch.empty(16, 180, 320, 3, dtype=torch.uint8) for _ in rngs]
-            for module in net.modules():
-                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                    module.forward = functools.partial(tb.batch_norm, module)
             with NoWaiting():
                 clips = tb.augment_clips(videos, 112, rngs)
                 with torch.autocast("cuda", torch.bfloat16):
@@ -3274,11 +3095,11 @@ class TestCuda:
         x = x.repeat(n, 1, 1, 1, 1).to(memory_format=torch.channels_last_3d)
         x *= torch.linspace(0.5, 2, n, device=GPU, dtype=torch.bfloat16).view(n, 1, 1, 1, 1)
         assert x.numel() > 2**31
-        norm = torch.nn.BatchNorm3d(64).to(GPU).eval()
+        norm = tb.BatchNorm(64).to(GPU)
         layers = {
             "convolution": torch.nn.Conv3d(64, 64, 3, padding=1, bias=False).to(GPU).bfloat16(),
             "pooling": torch.nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
-            "normalisation": functools.partial(tb.batch_norm, norm),
+            "normalisation": norm,
         }
         for name, layer in layers.items():
             with torch.no_grad():
