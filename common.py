@@ -464,29 +464,49 @@ class Embedder(nn.Module):
         return self.head(torch.cat([pooled.mean(2), unpooled]))
 
 
+# What wrappers put before the names of weights. "module.0." is TCLR's.
+PREFIXES = ("module.0.", "module.", "model.", "backbone.")
+
+
 def load_backbone(model, saved):
-    """Give a model all weights but the classifier's, from what torch.load returned, whoever wrote
-    it -> how many tensors were taken and left.
+    """Load all weights except the classifier's from what torch.load returned, whichever program
+    wrote it -> how many tensors were taken and how many were left.
 
     Known public forms: torchvision's r3d_18 (a bare state dict), PyTorchVideo's slow_r50 (under
-    "model_state"), TCLR's (under "state_dict", names behind "module.0.", trained on BGR frames).
-    ValueError if a tensor is missing or does not fit."""
-    weights = saved
-    for key in ("state_dict", "model_state", "model"):
-        weights = saved.get(key, weights)
-    tclr = any(name.startswith("module.0.") for name in weights)
-    prefix = "module.0." if tclr else "module."
-    weights = {name.removeprefix(prefix).removeprefix("module."): w for name, w in weights.items()}
+    "model_state"), TCLR's (under "state_dict", trained on BGR frames). Names may have PREFIXES and
+    torch.compile's. ValueError if there are no weights, or one is missing or does not fit."""
+    def tensors_in(content):
+        items = content.items() if isinstance(content, dict) else ()
+        return {k: w for k, w in items if isinstance(k, str) and torch.is_tensor(w)}
+
+    def without_prefixes(name):
+        name = name.replace("_orig_mod.", "")  # of torch.compile, of the whole or of a part
+        while prefix := next(filter(name.startswith, PREFIXES), None):
+            name = name.removeprefix(prefix)
+        return name
+
+    places = ("state_dict", "model_state", "model_state_dict", "model")
+    inner = [saved.get(place) for place in places] if isinstance(saved, dict) else []
+    named = next(filter(None, map(tensors_in, [*inner, saved])), {})
+    if not named:
+        raise ValueError(f"it holds no weights, not under {', '.join(places)} either")
+    weights = {without_prefixes(name): w for name, w in named.items()}
+    if len(weights) < len(named):
+        raise ValueError("it holds several networks: save the weights of one alone")
     own = {k: w for k, w in model.state_dict().items() if not k.startswith(CLASSIFIERS)}
     fitting = {}
     for key, weight in own.items():
-        if key in weights and weights[key].shape == weight.shape:
-            fitting[key] = weights[key]
+        w = weights.get(key)
+        if w is not None and w.shape == weight.shape:
+            if w.is_floating_point() or not weight.is_floating_point():
+                fitting[key] = w
     unfit = [k for k in own if k not in fitting and not k.endswith("num_batches_tracked")]
     if unfit:
-        raise ValueError(f"{len(fitting)} of {len(own)} tensors fit, {unfit[0]} does not: "
-                         "another arch?")
-    if tclr:
+        key = unfit[0]
+        found = describe(weights[key]) if key in weights else "missing"
+        raise ValueError(f"{len(fitting)} of {len(own)} tensors fit; {key} is {found}, expected "
+                         f"{describe(own[key])}: another arch?")
+    if "module.0.stem.0.weight" in named:
         fitting["stem.0.weight"] = fitting["stem.0.weight"].flip(1)
     model.load_state_dict(fitting, strict=False)
     return len(fitting), len(weights) - len(fitting)
@@ -2089,7 +2109,7 @@ def read_checkpoint(path, stages=None, with_optimizer=False):
                      "finetune.py write them)")
         except (OSError, RuntimeError, EOFError, ValueError, KeyError,
                 pickle.UnpicklingError) as e:
-            reason = str(e).strip().splitlines()[0][:120]
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0][:120]
             error = f"{path}: damaged, or no file of tensors: {reason}"
         if error is None and not isinstance(saved, dict):
             error = f"{path}: not a checkpoint"

@@ -1,10 +1,13 @@
-"""Losses, TSTR, clips and networks: types, and inputs that are refused."""
+"""Losses, TSTR, clips and networks: types, inputs that are refused, and the files of --init."""
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common as tb
+import finetune
+import train_student
+from test_common import moving_frames, write_video
 
 # ---- Losses and TSTR: empty batches, precision -------------------------------------------------
 
@@ -199,3 +202,117 @@ def test_the_embedder_cuts_only_what_can_be_cut(num_long, slices):
 
 def test_the_smallest_crop_is_a_pixel():
     assert tb.centre_crop(FRAMES, 16, 0.01).shape == (4, 3, 16, 16)
+
+
+# ---- --init: what other programs write ---------------------------------------------------------
+
+def tiny_weights():
+    torch.manual_seed(1)
+    return tb.build_model("r3d_tiny", 5).state_dict()
+
+
+def renamed(prefix):
+    return {prefix + name: w for name, w in tiny_weights().items()}
+
+
+def in_parts():
+    """The names that torch.compile leaves where a part of a network was compiled."""
+    return {name.replace("layer2.", "layer2._orig_mod."): w for name, w in tiny_weights().items()}
+
+
+@pytest.mark.parametrize("content", [
+    *map(renamed, ["", "_orig_mod.", "model.", "backbone.", "module.", "module._orig_mod.",
+                   "_orig_mod.module.", "model.backbone."]),
+    in_parts(),
+    {"state_dict": renamed("model."), "epoch": 3},
+    {"model_state": tiny_weights()},
+    {"model_state_dict": tiny_weights()},
+    {"model": "r3d_tiny", "state_dict": tiny_weights()},
+    {"model": None, "state_dict": tiny_weights()},
+    {"state_dict": None, "model": tiny_weights()},
+    {"state_dict": {}, "model_state": 3, **tiny_weights()},
+    {**tiny_weights(), "epoch": 3, 4: None},
+], ids=lambda content: " ".join(map(str, list(content)[:2])))
+def test_weights_are_found_wherever_they_lie(content, tmp_path):
+    torch.save(content, tmp_path / "any.pt")
+    model = tb.build_model("r3d_tiny", 3)
+    tb.start_from(model, "any.pt", tb.read_checkpoint(tmp_path / "any.pt"))
+    state = model.state_dict()
+    for name, w in tiny_weights().items():
+        assert name.startswith(tb.CLASSIFIERS) or torch.equal(state[name], w)
+
+
+def test_a_wrapped_slow_r50_is_no_tclr():
+    """TCLR's prefix alone does not mean that there is an r3d, whose colours are to be exchanged."""
+    with torch.device("meta"):
+        model = tb.build_model("slow_r50", 3)
+    saved = {f"module.0.{name}": w for name, w in model.state_dict().items()}
+    assert tb.load_backbone(model, saved)[0] == len(saved) - 2
+
+
+WITHOUT_WEIGHTS = {
+    "empty": {},
+    "empty state dict": {"state_dict": {}},
+    "nothing": {"state_dict": None},
+    "None": dict.fromkeys(tiny_weights()),
+    "numbers": dict.fromkeys(tiny_weights(), 1.0),
+    "numbered": dict(enumerate(tiny_weights().values())),
+    "optimizer": {"optimizer": {"state": {}}},
+}
+
+
+@pytest.mark.parametrize("content", WITHOUT_WEIGHTS.values(), ids=WITHOUT_WEIGHTS)
+def test_a_file_without_weights_is_refused(content):
+    with pytest.raises(tb.UserError, match="any.pt: it holds no weights"):
+        tb.start_from(tb.build_model("r3d_tiny", 3), "any.pt", content)
+
+
+@pytest.mark.parametrize("changed, message", [
+    ({"stem.0.weight": None}, "71 of 72 tensors fit; stem.0.weight is missing"),
+    ({"stem.0.weight": 0.5}, "stem.0.weight is missing"),
+    ({"stem.0.weight": torch.tensor(0.5)}, r"stem.0.weight is torch.float32 \(\), expected"),
+    ({"stem.1.bias": torch.ones(12).long()}, "stem.1.bias is torch.int64"),
+    (renamed("model."), "several networks"),
+])
+def test_what_does_not_fit_is_named(changed, message):
+    model = tb.build_model("r3d_tiny", 3)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    with pytest.raises(tb.UserError, match=f"any.pt: .*{message}"):
+        tb.start_from(model, "any.pt", {**tiny_weights(), **changed})
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+
+
+@pytest.mark.parametrize("saved", [None, [1], torch.ones(3), "weights"])
+def test_what_is_no_dict_is_refused(saved):
+    with pytest.raises(ValueError, match="it holds no weights"):
+        tb.load_backbone(tb.build_model("r3d_tiny", 3), saved)
+
+
+@pytest.fixture(scope="module")
+def two_videos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("two_videos")
+    for k in range(2):
+        folder = root / "train" / f"class{k}"
+        folder.mkdir(parents=True)
+        write_video(folder / "any.avi", moving_frames(8, seed=50 * k))
+    return root
+
+
+@pytest.mark.parametrize("script, flags", [
+    (finetune, []), (train_student, ["--teachers", "none"])], ids=["finetune", "train_student"])
+@pytest.mark.parametrize("content", [None, *WITHOUT_WEIGHTS.values()],
+                         ids=["no bytes", *WITHOUT_WEIGHTS])
+def test_no_script_trains_from_random_weights_unasked(script, flags, content, two_videos, tmp_path,
+                                                      capsys):
+    file = tmp_path / "any.pt"
+    file.touch()
+    if content is not None:
+        torch.save(content, file)
+    with pytest.raises(SystemExit) as end:
+        script.main(["--data", "folder", "--root", str(two_videos), "--arch", "r3d_tiny", "--size",
+                     "16", "--frames", "8", "--percent", "100", "--epochs", "1", "--batch", "2",
+                     "--warmup", "0", "--workers", "0", "--device", "cpu", "--precision", "fp32",
+                     "--out", str(tmp_path), "--init", str(file), *flags])
+    error = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and f"{file}: " in error and "\n" not in error, error
+    assert list(tmp_path.glob("*.pt")) == [file]
