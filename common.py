@@ -75,40 +75,72 @@ def print0(*text):
 
 
 # ---- Losses --------------------------------------------------------------------------------------
-def cosine_similarity(a, b):
-    """Sim(., .) of Eq. 5 and tau * log h(., .) of Eq. 1-3, all pairs: (..., n, d), (..., m, d) ->
-    (..., n, m).
+def check_tensors(shapes, *tensors, dtype=None, **least):
+    """ValueError unless the tensors have these shapes and are floating-point, or of this dtype.
 
-    In float32 inside autocast too: in bfloat16 a cosine of 0.9 is off by 0.002, which 1 / tau
-    multiplies by ten."""
+    shapes: "B C, B" means that the first is (B, C) and the second (B,). A letter is the same size
+    everywhere, at least 1 or what `least` says (B=2). Values are not read: a GPU would stall."""
+    sizes = {"3": 3}  # the colours
+
+    def fits(x, letters):
+        if not torch.is_tensor(x) or len(letters) != x.ndim:
+            return False
+        right_type = x.dtype == dtype if dtype else x.is_floating_point()
+        return right_type and all(sizes.setdefault(letter, size) == size >= least.get(letter, 1)
+                                  for letter, size in zip(letters, x.shape))
+
+    if not all(fits(x, shape.split()) for x, shape in zip(tensors, shapes.split(", "))):
+        limits = "".join(f", {letter} >= {size}" for letter, size in least.items())
+        raise ValueError(f"expected {dtype or 'floating-point'} tensors ({shapes}){limits}; "
+                         f"found {', '.join(map(describe, tensors))}")
+
+
+def describe(x):
+    """Type and shape of a tensor, type of anything else."""
+    return f"{x.dtype} {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
+
+
+def at_least_float32(x):
+    """float32 of lower precisions; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def cosine_similarity(a, b):
+    """Sim(., .) of Eq. 5 for all pairs: (..., n, d), (..., m, d) -> (..., n, m).
+
+    The vectors need not be normalised. float64 stays float64; all else is computed in float32,
+    inside autocast too: in bfloat16 a cosine of 0.9 is off by 0.002, and 1 / temperature makes that
+    0.02. ValueError for other shapes or types."""
+    vectors = all(torch.is_tensor(x) and x.is_floating_point() and x.ndim > 1 for x in (a, b))
+    if not vectors or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-1]:
+        raise ValueError("expected floating-point tensors (..., n, d) and (..., m, d); "
+                         f"found {describe(a)}, {describe(b)}")
     with torch.autocast(a.device.type, enabled=False):
-        a = F.normalize(a.float(), dim=-1)
-        b = F.normalize(b.float(), dim=-1)
+        a = F.normalize(at_least_float32(a), dim=-1)
+        b = F.normalize(at_least_float32(b), dim=-1)
         return a @ b.transpose(-1, -2)
 
 
-def check_clips(z, other=None):
-    """ValueError unless z is (B, n >= 2, d) and `other`, where given, of the same shape."""
-    shapes = [tuple(t.shape) for t in (z, other) if t is not None]
-    if len(set(shapes)) > 1 or z.ndim != 3 or z.shape[1] < 2:
-        raise ValueError(f"expected (videos, clips >= 2, dimensions), one shape, got {shapes}")
+def log_h(a, b, temperature):
+    """log h(., .) of Eq. 1 and 3 for all pairs: (..., n, d), (..., m, d) -> (..., n, m)."""
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature}: expected a positive number")
+    return cosine_similarity(a, b) / temperature
 
 
 def invariant_loss(z, temperature=0.1):
     """L_I, Eq. 1: clips of one video agree, clips of different videos do not.
 
-    z: (B, n, d), n >= 2 clips of each of B >= 2 videos, of any norm. Returns a scalar: the mean
-    over the ordered pairs of clips of one video, which is the paper's sum up to a factor
-    B * n * (n - 1). ValueError for other shapes.
+    z: (B, n, d), n >= 2 clips of each of B >= 2 videos (the other videos are the negatives); need
+    not be normalised. Returns a scalar: the mean over the ordered pairs of clips of one video,
+    which is the paper's sum divided by B * n * (n - 1). ValueError for other shapes or types.
 
-    Eq. 1 as printed: the indicator covers the first term of the denominator alone. So the anchor
-    z[i, t1] meets clip t1 of the other videos, and clip t2 of every video; the latter's j = i is
-    the positive."""
-    check_clips(z)
+    Eq. 1 as printed: the indicator covers only the first term of the denominator. So the anchor
+    z[i, t1] is compared with clip t1 of the other videos and with clip t2 of every video. For j = i
+    the latter is the positive."""
+    check_tensors("B n d", z, B=2, n=2)
     B, n, _ = z.shape
-    if B < 2:
-        raise ValueError("Eq. 1 takes its negatives from other videos: a batch needs at least two")
-    logits = cosine_similarity(z.flatten(0, 1), z.flatten(0, 1)) / temperature
+    logits = log_h(z.flatten(0, 1), z.flatten(0, 1), temperature)
     logits = logits.view(B, n, B, n)  # i, t1, j, t2
     same_video = torch.eye(B, dtype=torch.bool, device=z.device)
     same_clip = torch.eye(n, dtype=torch.bool, device=z.device)
@@ -123,17 +155,18 @@ def invariant_loss(z, temperature=0.1):
 def distinctive_loss(z, z_aug, temperature=0.1):
     """L_D1, Eq. 3: a clip agrees with its other augmentation, not with the video's other clips.
 
-    z, z_aug: (B, n, d), the same n >= 2 clips of B videos under two augmentations, of any norm.
-    Returns a scalar: the mean over the 2 * B * n anchors. ValueError for other shapes.
+    z, z_aug: (B, n, d), the same n >= 2 clips of B videos under two augmentations; need not be
+    normalised. Returns a scalar: the mean over the 2 * B * n anchors. ValueError for other shapes
+    or types.
 
     The negatives of an anchor are the other timestamps of its own video in both augmentations. Two
-    readings of Eq. 3: its denominator also holds the positive (as printed, without it, the loss has
-    no lower bound), and a clip of either augmentation serves as anchor."""
-    check_clips(z, z_aug)
+    readings of Eq. 3: the denominator also contains the positive (as printed, without it, the loss
+    has no lower bound), and clips of both augmentations serve as anchors."""
+    check_tensors("B n d, B n d", z, z_aug, n=2)
     B, n, _ = z.shape
     views = torch.cat([z, z_aug], 1)  # (B, 2n, d)
-    itself = torch.eye(2 * n, dtype=torch.bool, device=z.device)
-    logits = (cosine_similarity(views, views) / temperature).masked_fill(itself, -torch.inf)
+    self_mask = torch.eye(2 * n, dtype=torch.bool, device=z.device)
+    logits = log_h(views, views, temperature).masked_fill(self_mask, -torch.inf)
     positive = torch.arange(2 * n, device=z.device).roll(n)  # the clip in the other augmentation
     return F.cross_entropy(logits.flatten(0, 1), positive.repeat(B))
 
@@ -142,13 +175,13 @@ def unpooled_distinctive_loss(z_local, z_global, temperature=0.1):
     """L_D2, supplement D.2 (the local-global loss of TCLR): short clip t agrees with slice t of the
     long clip.
 
-    z_local: (B, n, d), the n >= 2 short clips of B videos, pooled over time. z_global: (B, n, d),
-    the n temporal slices of the long clip that spans them. Of any norm. Returns a scalar: InfoNCE
-    over the video's n slices for each clip and over its n clips for each slice, mean over both and
-    over videos. ValueError for other shapes."""
-    check_clips(z_local, z_global)
+    z_local: (B, n, d), n >= 2 short clips of each of B videos, pooled over time. z_global:
+    (B, n, d), the n temporal slices of the long clip that spans them. They need not be normalised.
+    Returns a scalar: InfoNCE of each clip over the n slices of its video and of each slice over the
+    n clips, mean over both directions and over videos. ValueError for other shapes or types."""
+    check_tensors("B n d, B n d", z_local, z_global, n=2)
     B, n, _ = z_local.shape
-    logits = cosine_similarity(z_local, z_global) / temperature  # B, clip, slice
+    logits = log_h(z_local, z_global, temperature)  # B, clip, slice
     aligned = torch.arange(n, device=logits.device).expand(B, n)
     to_slices = F.cross_entropy(logits.transpose(1, 2), aligned)
     to_clips = F.cross_entropy(logits, aligned)
@@ -160,13 +193,11 @@ def distillation_loss(p_student, p_teacher, kind="l2"):
 
     p_student, p_teacher: (B, C) probabilities. Returns a scalar: the sum over classes of the
     squared difference ("l2"), KL(teacher || student) ("kl") or the Jensen-Shannon divergence
-    ("js"), mean over the batch. Probabilities under 1e-8 count as 1e-8 inside logarithms: one-hot
-    vectors have finite gradients. ValueError for other shapes or kinds."""
-    if p_student.ndim != 2 or p_student.shape != p_teacher.shape:
-        shapes = f"{tuple(p_student.shape)} and {tuple(p_teacher.shape)}"
-        raise ValueError(f"expected two (B, C), got {shapes}")
-    p_student = p_student.float()
-    p_teacher = p_teacher.float()
+    ("js"), mean over the batch. Inside logarithms, probabilities below 1e-8 count as 1e-8, so that
+    one-hot vectors have finite gradients. ValueError for other shapes, types or kinds."""
+    check_tensors("B C, B C", p_student, p_teacher)
+    p_student = at_least_float32(p_student)
+    p_teacher = at_least_float32(p_teacher)
 
     def kl(p, q):
         return (p * (p.clamp_min(1e-8).log() - q.clamp_min(1e-8).log())).sum(1)
@@ -183,27 +214,31 @@ def distillation_loss(p_student, p_teacher, kind="l2"):
 
 # ---- Temporal similarity based teacher reweighting (TSTR, Sec. 3.2) ------------------------------
 def temporal_similarity(z):
-    """C, Eq. 5: (B, n, d) representations of n clips of B videos -> (B, n, n) cosines of clips."""
-    check_clips(z)
+    """C, Eq. 5: z (B, n, d), n >= 2 clips of each of B videos -> (B, n, n), the cosine of each pair
+    of clips. ValueError for other shapes or types."""
+    check_tensors("B n d", z, B=0, n=2)
     return cosine_similarity(z, z)
 
 
 def similarity_score(c_inv, c_dist):
-    """s, Eq. 6: the mean of the off-diagonal elements of both teachers' (B, n, n) matrices -> (B,),
-    clamped to [0, 1]: a cosine can be negative, a weight cannot, which the paper leaves open."""
-    check_clips(c_inv, c_dist)
+    """s, Eq. 6: both teachers' C, (B, n, n) -> (B,), the mean of their off-diagonal elements.
+
+    Clamped to [0, 1]: a mean cosine can be negative, a weight cannot. The paper leaves this open.
+    ValueError for other shapes or types."""
+    check_tensors("B n n, B n n", c_inv, c_dist, B=0, n=2)
     n = c_inv.shape[1]
     diagonal = torch.eye(n, dtype=torch.bool, device=c_inv.device)
-    total = (c_inv.float() + c_dist.float()).masked_fill(diagonal, 0).sum((1, 2))
+    total = at_least_float32(c_inv) + at_least_float32(c_dist)
+    total = total.masked_fill(diagonal, 0).sum((1, 2))
     return (total / (2 * n * (n - 1))).clamp(0, 1)
 
 
 def combine_teachers(p_inv, p_dist, score):
-    """p_T, Eq. 7: two (B, C) probabilities, weighted by score (B,) and 1 - score -> (B, C)."""
-    if p_inv.ndim != 2 or p_inv.shape != p_dist.shape or score.shape != p_inv.shape[:1]:
-        shapes = [tuple(t.shape) for t in (p_inv, p_dist, score)]
-        raise ValueError(f"expected (B, C), (B, C), (B,), got {shapes}")
-    return score[:, None] * p_inv + (1 - score)[:, None] * p_dist
+    """p_T, Eq. 7: two (B, C) of probabilities, weighted by score (B,) and 1 - score -> (B, C).
+    ValueError for other shapes or types."""
+    check_tensors("B C, B C, B", p_inv, p_dist, score, B=0)
+    s = at_least_float32(score)[:, None]
+    return s * p_inv + (1 - s) * p_dist
 
 
 # ---- Models --------------------------------------------------------------------------------------
@@ -371,20 +406,20 @@ CLASSIFIERS = ("fc.", "blocks.5.proj.")  # the keys under which the classifier's
 
 
 def build_model(arch, num_classes):
-    """A classifier of clips, (B, 3, T, H, W) -> logits (B, num_classes), with
+    """A classifier of clips with new weights: (B, 3, T, H, W) -> logits (B, num_classes). Its
     .features(x) -> (B, D, T').
 
-    arch: r3d_18 (D = 512, T' = T / 4), slow_r50 (D = 2048, T' = T), or r3d_tiny, an r3d of a fifth
-    of the width and half the depth (D = 96, T' = T / 4). The state dict has torchvision's or
-    PyTorchVideo's keys. ValueError for other names."""
+    arch: r3d_18 (D = 512, T' = T / 4), slow_r50 (D = 2048, T' = T), or r3d_tiny, an r3d with a
+    fifth of the width and half the depth (D = 96, T' = T / 4). The keys of the state dict are
+    torchvision's or PyTorchVideo's. ValueError for other names."""
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}: {', '.join(ARCHS)}")
     return ARCHS[arch](num_classes)
 
 
 def count_time_steps(arch, frames, size):
-    """T', the time steps in the features of a clip."""
-    with torch.device("meta"):  # computes shapes alone
+    """T', the number of time steps in the features of a clip of `frames` frames."""
+    with torch.device("meta"):  # computes only shapes
         return build_model(arch, 1).features(torch.empty(1, 3, frames, size, size)).shape[2]
 
 
@@ -399,7 +434,7 @@ def count_flop(arch, frames, size):
 
 
 class ProjectionHead(nn.Sequential):
-    """g, supplement B.1.2: (B, dim) clip features -> (B, 128) of unit length."""
+    """g, supplement B.1.2: (B, dim) clip features -> (B, 128), L2-normalised."""
 
     def __init__(self, dim):
         super().__init__(
@@ -410,7 +445,7 @@ class ProjectionHead(nn.Sequential):
             nn.BatchNorm1d(128))
 
     def forward(self, x):
-        return F.normalize(super().forward(x).float(), dim=-1)
+        return F.normalize(at_least_float32(super().forward(x)), dim=-1)
 
 
 class Embedder(nn.Module):
@@ -422,46 +457,72 @@ class Embedder(nn.Module):
         self.backbone = backbone
         for name, parameter in backbone.named_parameters():
             if name.startswith(CLASSIFIERS):
-                parameter.requires_grad_(False)  # no part of the self-supervised stage
+                parameter.requires_grad_(False)  # not used in stage 1
                 if name.endswith("weight"):
                     self.head = ProjectionHead(parameter.shape[1])
 
     def forward(self, clips, num_long=0, slices=1):
-        """(N, 3, T, H, W), the last `num_long` of them long clips ->
+        """(N, 3, T, H, W), of which the last `num_long` are long clips ->
         (N - num_long + num_long * slices, 128).
 
-        A row for each clip, pooled over time, then `slices` rows for each long clip, one for each
-        temporal slice of its features. All pass the head together: its BatchNorm sees one batch."""
+        First a row for each short clip, pooled over time, then `slices` rows for each long clip,
+        one for each temporal slice of its features. All rows pass the head together, so that its
+        BatchNorm sees one batch. ValueError for another shape, or if T' is no multiple of
+        `slices`."""
+        check_tensors("N 3 T H W", clips)
         f = self.backbone.features(clips)  # (N, D, T')
+        if not 0 <= num_long <= len(f) or slices < 1 or f.shape[2] % slices:
+            raise ValueError(f"cannot cut {num_long} of {len(f)} clips, which have {f.shape[2]} "
+                             f"time steps, into {slices} slices")
         pooled, unpooled = f.split([len(f) - num_long, num_long])
         unpooled = unpooled.unflatten(2, (slices, -1)).mean(3)  # (num_long, D, slices)
         unpooled = unpooled.transpose(1, 2).flatten(0, 1)  # (num_long * slices, D)
         return self.head(torch.cat([pooled.mean(2), unpooled]))
 
 
+# What wrappers put before the names of weights. "module.0." is TCLR's.
+PREFIXES = ("module.0.", "module.", "model.", "backbone.")
+
+
 def load_backbone(model, saved):
-    """Give a model all weights but the classifier's, from what torch.load returned, whoever wrote
-    it -> how many tensors were taken and left.
+    """Load all weights except the classifier's from what torch.load returned, whichever program
+    wrote it -> how many tensors were taken and how many were left.
 
     Known public forms: torchvision's r3d_18 (a bare state dict), PyTorchVideo's slow_r50 (under
-    "model_state"), TCLR's (under "state_dict", names behind "module.0.", trained on BGR frames).
-    ValueError if a tensor is missing or does not fit."""
-    weights = saved
-    for key in ("state_dict", "model_state", "model"):
-        weights = saved.get(key, weights)
-    tclr = any(name.startswith("module.0.") for name in weights)
-    prefix = "module.0." if tclr else "module."
-    weights = {name.removeprefix(prefix).removeprefix("module."): w for name, w in weights.items()}
+    "model_state"), TCLR's (under "state_dict", trained on BGR frames). Names may have PREFIXES and
+    torch.compile's. ValueError if there are no weights, or one is missing or does not fit."""
+    def tensors_in(content):
+        items = content.items() if isinstance(content, dict) else ()
+        return {k: w for k, w in items if isinstance(k, str) and torch.is_tensor(w)}
+
+    def without_prefixes(name):
+        name = name.replace("_orig_mod.", "")  # of torch.compile, of the whole or of a part
+        while prefix := next(filter(name.startswith, PREFIXES), None):
+            name = name.removeprefix(prefix)
+        return name
+
+    places = ("state_dict", "model_state", "model_state_dict", "model")
+    inner = [saved.get(place) for place in places] if isinstance(saved, dict) else []
+    named = next(filter(None, map(tensors_in, [*inner, saved])), {})
+    if not named:
+        raise ValueError(f"it holds no weights, not under {', '.join(places)} either")
+    weights = {without_prefixes(name): w for name, w in named.items()}
+    if len(weights) < len(named):
+        raise ValueError("it holds several networks: save the weights of one alone")
     own = {k: w for k, w in model.state_dict().items() if not k.startswith(CLASSIFIERS)}
     fitting = {}
     for key, weight in own.items():
-        if key in weights and weights[key].shape == weight.shape:
-            fitting[key] = weights[key]
+        w = weights.get(key)
+        if w is not None and w.shape == weight.shape:
+            if w.is_floating_point() or not weight.is_floating_point():
+                fitting[key] = w
     unfit = [k for k in own if k not in fitting and not k.endswith("num_batches_tracked")]
     if unfit:
-        raise ValueError(f"{len(fitting)} of {len(own)} tensors fit, {unfit[0]} does not: "
-                         "another arch?")
-    if tclr:
+        key = unfit[0]
+        found = describe(weights[key]) if key in weights else "missing"
+        raise ValueError(f"{len(fitting)} of {len(own)} tensors fit; {key} is {found}, expected "
+                         f"{describe(own[key])}: another arch?")
+    if "module.0.stem.0.weight" in named:
         fitting["stem.0.weight"] = fitting["stem.0.weight"].flip(1)
     model.load_state_dict(fitting, strict=False)
     return len(fitting), len(weights) - len(fitting)
@@ -583,11 +644,16 @@ def clip_span(frames, stride):
 
 
 def clip_indices(count, frames, stride=1, position=0.5):
-    """Indices of a clip of `frames` frames, `stride` apart, in a video of `count`; of all of a
-    shorter video, in slow motion. (Were it looped, its last clip could repeat its first, which L_D
-    is to tell apart.)
+    """Indices of a clip of `frames` frames, `stride` apart, in a video of `count` frames. A shorter
+    video is played whole, in slow motion: if it were looped, its last clip could repeat its first,
+    and L_D could not tell them apart.
 
-    position: from 0 (the clip begins with the video) to 1 (it ends with it)."""
+    position: from 0 (the clip begins with the video) to 1 (it ends with it). ValueError for a
+    position beyond these, or if a number of frames is not whole or below 1."""
+    whole = all(isinstance(n, (int, np.integer)) and n > 0 for n in (count, frames, stride))
+    if not whole or not 0 <= position <= 1:
+        raise ValueError(f"no clip of {frames} frames, {stride} apart, lies at {position} of a "
+                         f"video of {count} frames")
     slack = count - clip_span(frames, stride)
     if slack < 0:
         return np.arange(frames) * count // frames
@@ -596,41 +662,51 @@ def clip_indices(count, frames, stride=1, position=0.5):
 
 
 def spaced_clips(count, clips, frames, stride):
-    """Indices of uniformly spaced clips, one after the other; a single one lies in the middle."""
+    """Indices of uniformly spaced clips, concatenated. A single clip lies in the middle.
+    ValueError for less than one clip, and as clip_indices raises it."""
+    if clips < 1:
+        raise ValueError(f"{clips} clips: expected 1 or more")
     positions = np.linspace(0, 1, clips) if clips > 1 else [0.5]
     return np.concatenate([clip_indices(count, frames, stride, p) for p in positions])
 
 
 # ---- Augmentation, on the device -----------------------------------------------------------------
 def draw(seed, *key):
-    """The random numbers that belong to a key of whole numbers, whoever asks, and whenever: a numpy
-    Generator."""
+    """A numpy Generator for a key of whole numbers, independent of process and order of calls."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
 def seed_of(stage, seed):
-    """The seed of one stage's weights and draws: else both teachers would begin alike and see the
-    same crops of the same videos (Algorithm 1, line 6)."""
+    """The seed of one stage's weights and draws. With one seed for all stages, both teachers would
+    share the same initialisation (Algorithm 1, line 6) and see the same crops."""
     return int(draw(seed, *stage.encode()).integers(2**62))
 
 
-WEAK = dict(area=0.5, jitter=0.2, hue=0.05, p_jitter=0.5, p_grey=0.1)  # stages 2 and 3
+WEAK = dict(area=0.5, jitter=0.2, hue=0.05, jitter_prob=0.5, grey_prob=0.1)  # stages 2 and 3
 
 
-def augment_clips(clips, size, rngs, area=0.3, jitter=0.4, hue=0.1, p_jitter=0.8, p_grey=0.2):
+def augment_clips(clips, size, rngs, area=0.3, jitter=0.4, hue=0.1, jitter_prob=0.8, grey_prob=0.2):
     """A random crop, flip, colour jitter and greyscale of each clip (Sec. 4.2), the same for all
-    its frames, drawn from a numpy Generator for each. The defaults are stage 1's.
+    frames of a clip. The defaults are stage 1's.
 
-    clips: N times uint8 (T, H, W, 3) on any device -> uint8 (N, T, 3, size, size). area: least
-    share of the frame that the crop keeps. jitter, hue: largest change of brightness, contrast,
-    saturation, and of hue. p_jitter, p_grey: how often.
+    clips: N of uint8 (T, H, W, 3) on any device; T is the same for all. rngs: N numpy Generators,
+    one for each clip. area: the crop keeps at least this share of the frame. jitter: largest change
+    of brightness, contrast and saturation, as a share. hue: largest hue shift, as a share of the
+    colour circle. jitter_prob, grey_prob: probabilities. Returns uint8 (N, T, 3, size, size).
+    ValueError for another number, shape or type.
 
-    One kernel or two for each clip, the crop; then each change of colour at once for all clips that
-    take it in the same place of their order."""
+    Each clip costs one or two kernels, for its crop. Then each change of colour is made at once for
+    all clips that get it at the same place of their random order."""
+    for clip in clips:
+        check_tensors("T H W 3", clip, dtype=torch.uint8)
+    if len({len(clip) for clip in clips}) != 1 or len(clips) != len(rngs):
+        raise ValueError(f"{len(clips)} clips, {len(rngs)} generators: expected clips of one "
+                         "length, and a generator for each")
     crops = []
     flipped = []
     grey = []
-    takers = {(place, change): [] for place in range(4) for change in range(4)}
+    # By place in the order and change: indices of the clips that get this change there.
+    changed = {(place, change): [] for place in range(4) for change in range(4)}
     amounts = np.zeros((len(clips), 4))  # of brightness, contrast, saturation, hue
     for i, (clip, rng) in enumerate(zip(clips, rngs)):
         height, width = clip.shape[1:3]
@@ -646,26 +722,26 @@ def augment_clips(clips, size, rngs, area=0.3, jitter=0.4, hue=0.1, p_jitter=0.8
         crops.append(F.interpolate(crop, (size, size), mode="bilinear", antialias=True))
         if rng.random() < 0.5:
             flipped.append(i)
-        if rng.random() < p_jitter:
+        if rng.random() < jitter_prob:
             amounts[i, :3] = rng.uniform(1 - jitter, 1 + jitter, 3)
             amounts[i, 3] = rng.uniform(-hue, hue)
             for place, change in enumerate(rng.permutation(4)):
-                takers[place, change].append(i)
-        if rng.random() < p_grey:
+                changed[place, change].append(i)
+        if rng.random() < grey_prob:
             grey.append(i)
 
     x = torch.stack(crops)
     if x.is_floating_point():
         x = x.round_().clamp_(0, 255).to(torch.uint8)
-    # One copy to the device for all lists, and none that waits for it.
-    groups = [flipped, *takers.values(), grey]
+    # One copy to the device for all lists, and the host does not wait for it.
+    groups = [flipped, *changed.values(), grey]
     ids = torch.tensor(sum(groups, [])).to(x.device, non_blocking=True)
-    flipped, *takers, grey = ids.split([len(group) for group in groups])
+    flipped, *changed, grey = ids.split([len(group) for group in groups])
     amounts = torch.from_numpy(amounts).to(x.device, non_blocking=True)  # float64
-    amounts = amounts[..., None, None, None, None]  # clip, change, then as the clips
+    amounts = amounts[..., None, None, None, None]  # (N, 4, 1, 1, 1, 1)
     if len(flipped):
         x[flipped] = x[flipped].flip(-1)
-    for k, ids in enumerate(takers):
+    for k, ids in enumerate(changed):
         change = k % 4
         if len(ids):
             x[ids] = CHANGES[change](x[ids], amounts[ids, change])
@@ -697,8 +773,8 @@ def change_saturation(x, factor):
     return blend(x, luminance(x), factor)
 
 
-def change_hue(x, turn):
-    """turn: as a share of the colour circle."""
+def change_hue(x, shift):
+    """shift: as a share of the colour circle."""
     x = x / 255
     r, g, b = x.split(1, -3)
     value = x.amax(-3, keepdim=True)
@@ -707,7 +783,7 @@ def change_hue(x, turn):
     hue = torch.where(value == r, (g - b) / divisor,
                       torch.where(value == g, (b - r) / divisor + 2, (r - g) / divisor + 4))
     sector = 5 - 2 * torch.arange(3, device=x.device).view(3, 1, 1)  # of red, green, blue
-    k = (sector + hue + 6 * turn.float()) % 6
+    k = (sector + hue + 6 * shift.float()) % 6
     x = value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
     return (x * 255.999).to(torch.uint8)  # as torchvision rounds
 
@@ -716,18 +792,25 @@ CHANGES = [change_brightness, change_contrast, change_saturation, change_hue]
 
 
 def centre_crop(clip, size, scale=1.0):
-    """The central square of `scale` times the shorter side: uint8 (T, H, W, 3) ->
-    uint8 (T, 3, size, size)."""
+    """The central square whose side is `scale` times the shorter side of the frames, resized:
+    uint8 (T, H, W, 3) -> uint8 (T, 3, size, size). ValueError for another shape or type, or a scale
+    that is not in (0, 1]."""
+    check_tensors("T H W 3", clip, dtype=torch.uint8)
+    if not 0 < scale <= 1:
+        raise ValueError(f"scale {scale}: expected more than 0, at most 1")
     clip = clip.permute(0, 3, 1, 2)
-    side = round(scale * min(clip.shape[2:]))
+    side = max(1, round(scale * min(clip.shape[2:])))
     return TF.resize(TF.center_crop(clip, [side, side]), [size, size], antialias=True)
 
 
 def to_input(clips, model):
-    """N clips, uint8 (N, T, 3, H, W) or a list of them -> (N, 3, T, H, W), channels_last_3d,
-    normalised by model.mean and model.std; in autocast's type inside autocast."""
+    """The network's input: uint8 (N, T, 3, H, W), or a list of N (T, 3, H, W) -> (N, 3, T, H, W),
+    channels_last_3d, normalised by model.mean and model.std. Its dtype is model.mean's, inside
+    autocast autocast's. ValueError for another shape or type, RuntimeError if clips of a list
+    differ in shape."""
     if not torch.is_tensor(clips):
         clips = torch.stack(clips)
+    check_tensors("N T 3 H W", clips, dtype=torch.uint8)
     kind = clips.device.type
     dtype = model.mean.dtype
     if torch.is_autocast_enabled(kind):
@@ -961,11 +1044,15 @@ def labeled_subset(names, labels, percent, seed=0):
 
     names, labels: of the training videos, in any order; label -1 is no class. Within a class those
     come first whose sha256 of "<seed> <name>" is smallest, so a smaller fraction is part of a
-    larger one."""
+    larger one. ValueError if labels are not as many as names, or percent is not in (0, 100]."""
+    labels = np.asarray(labels)
+    if labels.shape != (len(names),) or not 0 < percent <= 100:
+        raise ValueError(f"{len(names)} names, labels of shape {labels.shape}, {percent} per cent: "
+                         "expected a label for each name, and a share in (0, 100]")
+
     def rank_of(i):
         return hashlib.sha256(os.fsencode(f"{seed} {names[i]}")).digest()
 
-    labels = np.asarray(labels)
     chosen = []
     for c in np.unique(labels[labels >= 0]):
         members = sorted(np.flatnonzero(labels == c), key=rank_of)
@@ -2071,7 +2158,7 @@ def read_checkpoint(path, stages=None, with_optimizer=False):
                      "finetune.py write them)")
         except (OSError, RuntimeError, EOFError, ValueError, KeyError,
                 pickle.UnpicklingError) as e:
-            reason = str(e).strip().splitlines()[0][:120]
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0][:120]
             error = f"{path}: damaged, or no file of tensors: {reason}"
         if error is None and not isinstance(saved, dict):
             error = f"{path}: not a checkpoint"

@@ -48,7 +48,7 @@ def finetune(args, saved, labeled, videos, device):
     model = build_model(args.arch, len(videos.classes))
     name = "labeled_only"
     similarity = {}  # what stage 1 measured goes on to stage 3
-    if saved:
+    if saved is not None:
         start_from(model, args.init, saved)
         name = f"{Path(args.init).stem}_ft"
         similarity = {k: v for k, v in saved.items() if k.startswith("similarity")}

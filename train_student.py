@@ -64,7 +64,7 @@ def main(argv=None):
     seed = seed_of("student", args.seed)
     torch.manual_seed(seed)
     student = build_model(args.arch, len(videos.classes))
-    if init:
+    if init is not None:
         start_from(student, args.init, init)
     state = State("student", args.name, args, student, videos, device, labeled)
     if state.finished:
