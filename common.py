@@ -19,12 +19,12 @@ import math
 import os
 import pickle
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import uuid
 import warnings
 import zipfile
 from collections import Counter, OrderedDict, namedtuple
@@ -48,7 +48,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.video.resnet import BasicBlock, Conv3DSimple
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -421,16 +420,6 @@ def count_time_steps(arch, frames, size):
     """T', the number of time steps in the features of a clip of `frames` frames."""
     with torch.device("meta"):  # computes only shapes
         return build_model(arch, 1).features(torch.empty(1, 3, frames, size, size)).shape[2]
-
-
-def count_flop(arch, frames, size):
-    """The FLOP that a clip takes: forward, and backward."""
-    with torch.device("meta"):
-        with FlopCounterMode(display=False) as forward:
-            logits = build_model(arch, 1)(torch.empty(1, 3, frames, size, size))
-        with FlopCounterMode(display=False) as backward:
-            logits.sum().backward()
-    return forward.get_total_flops(), backward.get_total_flops()
 
 
 class ProjectionHead(nn.Sequential):
@@ -1117,18 +1106,18 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def own_share(items):
-    """This rank's consecutive part of a list that all ranks know."""
+def shard(items):
+    """This process's consecutive part of a list that all processes have."""
     share = len(items) // world_size()
     return items[rank() * share:(rank() + 1) * share]
 
 
 def all_gather(z):
-    """(B, ...) of each rank -> (ranks * B, ...), in rank order, on every rank, with gradient for
-    the rank's own rows.
+    """(B, ...) of each process -> (processes * B, ...), in the order of ranks, on every process,
+    with gradient for its own rows.
 
-    Every rank computes the same loss of all rows: the gradient of its own ones, times the ranks,
-    since DistributedDataParallel averages."""
+    Every process computes the same loss of all rows. It sends back the gradient of its own rows,
+    times the number of processes, since DistributedDataParallel averages."""
     if world_size() == 1:
         return z
     rows = [torch.empty_like(z) for _ in range(world_size())]
@@ -1267,7 +1256,7 @@ def row_sums(x, dtype, eps):
 
 
 def gather_objects(value):
-    """Every rank's value, in a list, on every rank."""
+    """Every process's value, in a list, on every process."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -1275,11 +1264,85 @@ def gather_objects(value):
 
 
 def broadcast(value):
-    """The first rank's value, on every rank."""
+    """The first process's value, on every process."""
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box)
     return box[0]
+
+
+def join_processes(device):
+    """Join torchrun's processes, if there are any. UserError if its variables are incomplete."""
+    needed = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    found = [name for name in needed if name in os.environ]
+    if not {"RANK", "WORLD_SIZE"} & set(found) or dist.is_initialized():
+        return
+    if found != needed:
+        raise UserError(f"the environment has {' and '.join(found)}, but not all of "
+                        f"{', '.join(needed)}: unset them, or use torchrun")
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    if nodes > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        # After a restart torchrun gives the nodes different prefixes in its store.
+        raise UserError("--max-restarts works on one node: leave it out, and give the same command "
+                        "again after a failure")
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        # Processes wait for the slowest one's part of a pass over all videos, and for rank 0.
+        timeout=timedelta(hours=2), device_id=device if device.type == "cuda" else None)
+
+
+LOGGED_WARNINGS = []  # those since the last line of the log
+
+
+def command(main):
+    """Make main(argv=None) a command: mistakes and warnings are one line each, the exit status is
+    0, 1 or 2."""
+    script = os.path.basename(main.__code__.co_filename)
+
+    def complain(text):
+        print(f"{script}: {text}".replace("\n", " "), file=sys.stderr, flush=True)
+
+    def warn(message, *_):
+        LOGGED_WARNINGS.append(str(message))
+        if rank() == 0:
+            tqdm.write(f"warning: {message}".replace("\n", " "), file=sys.stderr)
+
+    @functools.wraps(main)
+    def run(argv=None):
+        status = 0
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = warn
+                main(argv)
+        except UserError as error:
+            status = error.status
+            complain(error)
+        except torch.cuda.OutOfMemoryError as error:
+            status = 2
+            complain("out of GPU memory: try --checkpointing, or a smaller --batch or --size "
+                     f"({error})")
+        except KeyboardInterrupt:
+            status = 1
+            complain(f"interrupted{State.saved_at}")
+        except SystemExit as end:  # of --help and --benchmark
+            status = end.code
+        if status:
+            raise SystemExit(status)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return run
+
+
+def warm_up(optimizer, lr, epoch, warmup):
+    """Set the learning rate lr * (epoch + 1) / warmup in the first `warmup` epochs (supplement
+    B.2)."""
+    if epoch < warmup:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (epoch + 1) / warmup
+
+
+def autocast(args, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
 def training_videos(args):
@@ -1473,149 +1536,13 @@ def encode_video(file, frames, fps=25):
         container.mux(stream.encode())
 
 
-# ---- Commands: process group, signals, a user's mistakes -----------------------------------------
-class Signals:
-    """While deferring, the first Ctrl-C or SIGTERM lets the step in hand end; otherwise it ends the
-    program, as a second Ctrl-C always does."""
-    deferring = False
-    requested = 0
-
-    @classmethod
-    def handle(cls, signal_number, _frame):
-        again = signal_number == cls.requested == signal.SIGINT
-        if again or not cls.deferring:
-            raise KeyboardInterrupt
-        # torchrun sends SIGTERM after a Ctrl-C: that is no second request.
-        cls.requested = cls.requested or signal_number
-
-    @classmethod
-    def end_at_once(cls):
-        """From here on: what is done now is not saved before its end."""
-        cls.deferring = False
-        if cls.requested:
-            raise KeyboardInterrupt
-
-
-def leave_signals_to_parent(_worker):
-    """Ctrl-C and SIGTERM reach the decoding processes, too: they stay until the main process has
-    ended its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # After SIGTERM an alarm ends it: Python waits at exit for those that are left.
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
-
-
-def command(main):
-    """Make main(argv=None) a command: signals as Signals says, mistakes and warnings as one line
-    each, exit status 0, 1 or 2."""
-    script = os.path.basename(main.__code__.co_filename)
-
-    def complain(text):
-        print(f"{script}: {text}".replace("\n", " "), file=sys.stderr, flush=True)
-
-    def warn(message, *_):
-        if rank() == 0:
-            tqdm.write(f"warning: {message}".replace("\n", " "), file=sys.stderr)
-
-    @functools.wraps(main)
-    def run(argv=None):
-        Signals.deferring = False
-        Signals.requested = 0
-        handlers = {s: signal.signal(s, Signals.handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        status = 0
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = warn
-                main(argv)
-        except UserError as error:
-            status = error.status
-            complain(error)
-        except torch.cuda.OutOfMemoryError as error:
-            status = 2
-            complain("out of GPU memory: try --checkpointing, or a smaller --batch or --size "
-                     f"({error})")
-        except KeyboardInterrupt:
-            status = 1
-            complain("interrupted; the same command goes on from the last checkpoint")
-        except SystemExit as end:  # of --help and --benchmark
-            status = end.code
-        finally:
-            for s, handler in handlers.items():
-                signal.signal(s, handler)
-        if status:
-            raise SystemExit(status)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return run
-
-
-def start(parser, argv):
-    """Parse the arguments and join torchrun's processes, if there are any -> args, device."""
-    args = parser.parse_args(argv)
-    if parser.stage and args.out is None:  # it is needed first, for the checkpoints are read there
-        args.out = f"runs/{args.data or 'toy'}"
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        # glibc gives large blocks back and faults them in again in each step: it is to keep them.
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device("cpu")
-    if args.device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"--device cuda: {torch.cuda.device_count()} GPUs here for "
-                            f"{local_rank + 1} processes or more")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        store, place, size = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(agree_on_prefix(store, place, size), store)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", store=store, rank=place, world_size=size,
-            # Ranks wait for the slowest one's share of a pass over all videos, and for rank 0.
-            timeout=timedelta(hours=2), device_id=device if device.type == "cuda" else None)
-    return args, device
-
-
-def agree_on_prefix(store, place, size):
-    """A prefix for the keys of this start of all processes, the same in each of them.
-
-    After --max-restarts the store still holds the addresses of dead processes, and nothing that
-    torchrun tells its processes is the same on all nodes, yet new: the count of restarts is that of
-    the node that failed. So rank 0 invents a prefix and gives it to those who ask, until all have
-    it; who asked in an earlier start and died is answered in vain."""
-    own = uuid.uuid4().hex
-    if place > 0:
-        store.set(f"asks/{place}", own)
-        prefix = store.get(f"answer/{own}").decode()  # waits for it
-        store.add(f"joined/{prefix}", 1)
-        return prefix
-    while store.add(f"joined/{own}", 0) < size - 1:
-        for other in range(1, size):
-            if store.check([f"asks/{other}"]):
-                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
-        time.sleep(0.05)
-    return own
-
-
-def warm_up(optimizer, lr, epoch, warmup):
-    """Set the learning rate lr * (epoch + 1) / warmup in the first `warmup` epochs (supplement
-    B.2)."""
-    if epoch < warmup:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (epoch + 1) / warmup
-
-
-def autocast(args, device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-
-
-# ---- Batches: who is in a step, and their frames -------------------------------------------------
+# ---- Batches: the videos of each training step, decoded ------------------------------------------
 class Frames(Dataset):
-    """Item (key, i): (key, i, the frames of video i, how many the file has); instead of the frames
-    a string, the reason, where they cannot be decoded.
+    """Item (key, i): (key, i, the frames of video i, how many the file has). Where they cannot be
+    decoded, the frames are a string, the reason.
 
-    indices: a function from the count of frames and, unless it is None, the key to those wanted."""
+    indices: a function from the count of frames and, unless it is None, the key to the indices of
+    the frames."""
 
     def __init__(self, videos, indices, short_side):
         self.videos = videos
@@ -1638,11 +1565,15 @@ class Frames(Dataset):
         return key, i, frames, count
 
     def loader(self, items, workers, device, ahead=2):
-        """An iterator over the items, in order; each worker decodes `ahead` of them in advance."""
+        """An iterator over the items, in order. Each worker decodes `ahead` of them in advance."""
         return iter(DataLoader(
             self, batch_size=None, sampler=items, num_workers=workers,
             prefetch_factor=ahead if workers else None, pin_memory=device.type == "cuda",
-            worker_init_fn=leave_signals_to_parent))
+            worker_init_fn=leave_ctrl_c_to_parent))
+
+
+def leave_ctrl_c_to_parent(_worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def random_span(count, key, seed, frames, stride):
@@ -1650,32 +1581,28 @@ def random_span(count, key, seed, frames, stride):
     return clip_indices(count, frames, stride, draw(seed, *key).random())
 
 
-# A role in a batch: which videos may take it, and how many do, over all ranks. A pool that cycles
-# may hold a video twice in a batch and runs on into its next lap; the remainder of a lap of one
-# that does not is dropped.
+# Videos that a batch draws from: their ids, and how many of them are in a batch, over all
+# processes. If cycle, they are reshuffled whenever all were used, and a batch may hold one twice;
+# if not, an epoch is one pass over them, and its remainder is dropped.
 Pool = namedtuple("Pool", "ids batch cycle")
 
-# Of each video its frames, uint8 (T, H, W, 3) on the device; its id; and its key (role, lap, id),
-# which with the seed settles all its draws. learn: False in the last steps of a run.
-Batch = namedtuple("Batch", "videos ids keys learn")
-
-# While weights change, BatchNorm's running statistics lag behind them: of dark videos by so much
-# that a network of 71 % in train mode had 25 % in eval mode. So the weights rest in the last steps.
-SETTLING = 30  # steps, but at most a tenth of all
+# The frames of each video, uint8 (T, H, W, 3) on the device; its id; and its key (pool, epoch, id).
+# The key and the seed determine all random draws for the video.
+Batch = namedtuple("Batch", "videos ids keys")
 
 
 @functools.lru_cache(maxsize=8)
-def shuffled(seed, role, lap, count):
-    return draw(seed, role, lap).permutation(count)
+def shuffled(seed, pool, epoch, count):
+    return draw(seed, pool, epoch).permutation(count)
 
 
 class Batches:
-    """Who is in a step, by (seed, epoch, step) alone: so any number of workers gives the same, and
-    going on needs no state.
+    """The videos of each training step. They depend on (seed, epoch, step) alone, so any number of
+    workers gives the same, and a run that goes on needs no state.
 
-    frames: of each video. steps: of an epoch; by default one lap of the first pool. A video that
-    cannot be decoded is named, and another of its pool, which is not in the batch, takes its place
-    and its draws; over 10 % of a pool stop the run (UserError)."""
+    frames: of each video. steps: of an epoch; by default one pass over the first pool. A video that
+    cannot be decoded is named, and another of its pool, which is not in the batch, replaces it and
+    reuses its random seed. UserError if over 10 % of a pool cannot be decoded."""
 
     def __init__(self, videos, pools, frames, seed, args, device, steps=None):
         self.videos = videos
@@ -1684,65 +1611,63 @@ class Batches:
         self.workers = args.workers
         self.device = device
         self.unreadable = {}  # id: reason
-        self.short = set()  # ids of those with fewer frames than `span`
+        self.replaced = 0  # videos of this process, since Meter took the number
+        self.short = 0  # those with fewer frames than `span`, likewise
         if steps is None:
-            laps = len(pools[0].ids) / pools[0].batch
-            steps = math.ceil(laps) if pools[0].cycle else int(laps)
+            passes = len(pools[0].ids) / pools[0].batch
+            steps = math.ceil(passes) if pools[0].cycle else int(passes)
         if not steps:
             raise UserError(f"--batch {pools[0].batch} is more than the {len(pools[0].ids)} videos")
         print0(f"{steps} steps an epoch")
         self.steps = steps
         self.share = sum(pool.batch for pool in pools) // world_size()
-        self.frames = frames
         self.span = clip_span(frames, args.stride)
         indices = functools.partial(random_span, seed=seed, frames=frames, stride=args.stride)
         self.dataset = Frames(videos, indices, round(1.25 * args.size))
 
-    def members(self, epoch, step):
-        """The keys of a step's videos on all ranks, a list for each pool."""
+    def keys(self, epoch, step):
+        """The keys of a step's videos on all processes, a list for each pool."""
         groups = []
-        for role, pool in enumerate(self.pools):
+        for k, pool in enumerate(self.pools):
             count = len(pool.ids)
             places = step * pool.batch + np.arange(pool.batch)
-            laps = np.full(pool.batch, epoch)
+            passes = np.full(pool.batch, epoch)
             if pool.cycle:
-                laps, places = np.divmod(places + epoch * self.steps * pool.batch, count)
+                passes, places = np.divmod(places + epoch * self.steps * pool.batch, count)
             group = []
-            for lap, place in zip(laps.tolist(), places):
-                order = shuffled(self.seed, role, lap, count)
-                group.append((role, lap, int(pool.ids[order[place]])))
+            for number, place in zip(passes.tolist(), places):
+                order = shuffled(self.seed, k, number, count)
+                group.append((k, number, int(pool.ids[order[place]])))
             groups.append(group)
         return groups
 
     def items(self, first, last):
-        """This rank's (key, id), from step to step."""
+        """This process's (key, id), from step to step."""
         for step in range(first, last):
-            for group in self.members(*divmod(step, self.steps)):
-                for key in own_share(group):
+            for group in self.keys(*divmod(step, self.steps)):
+                for key in shard(group):
                     yield key, key[2]
 
     def stream(self, first, last):
-        """This rank's Batch of each step from `first` to before `last`, counted from the run's
+        """This process's Batch of each step from `first` to before `last`, counted from the run's
         beginning."""
         ahead = max(2, math.ceil(2 * self.share / max(1, self.workers)))  # two batches
-        self.check_shared_memory(ahead * self.workers)
         loader = self.dataset.loader(self.items(first, last), self.workers, self.device, ahead)
         for step in range(first, last):
-            batch = Batch([], [], [], learn=last - step > min(SETTLING, last // 10))
-            spare = {}  # pool: its substitutes
+            batch = Batch([], [], [])
+            candidates = {}  # pool: its substitutes
             for key, i, frames, count in itertools.islice(loader, self.share):
                 key = tuple(key)  # data loaders make lists of tuples
                 while isinstance(frames, str):
                     self.note_unreadable(key, i, frames)
-                    if key[0] not in spare:
-                        spare[key[0]] = self.substitutes(key[0], *divmod(step, self.steps))
-                    i = next(spare[key[0]], None)
+                    if key[0] not in candidates:
+                        candidates[key[0]] = self.substitutes(key[0], *divmod(step, self.steps))
+                    i = next(candidates[key[0]], None)
                     if i is None:
                         raise UserError("too few videos can be decoded to fill a batch: choose a "
                                         "smaller --batch")
                     _, _, frames, count = self.dataset[key, i]
-                if count < self.span:
-                    self.short.add(i)
+                self.short += count < self.span
                 batch.videos.append(frames.to(self.device, non_blocking=True))
                 batch.ids.append(i)
                 batch.keys.append(key)
@@ -1750,32 +1675,22 @@ class Batches:
             torch.manual_seed(dropout_seed)
             yield batch
 
-    def check_shared_memory(self, items):
-        """Warn if /dev/shm may be too small for so many items, as it is in containers."""
-        side = self.dataset.short_side
-        needed = items * self.frames * 3 * side * side * 16 // 9  # bytes, if all are wide
-        there = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else needed
-        if needed > there:
-            warnings.warn(
-                f"/dev/shm has {there >> 20} MiB, decoding ahead may take {needed >> 20}, and ends "
-                "by a bus error if it does: fewer --workers, or a container with --shm-size "
-                f"{(needed >> 30) + 1}g")
-
-    def substitutes(self, role, epoch, step):
-        """Videos that may stand in for unreadable ones, in an order of the step's own."""
-        group = self.members(epoch, step)[role]
-        ids, _, cycle = self.pools[role]
-        taken = set() if cycle else {key[2] for key in group}
-        spare = [int(i) for i in ids if i not in taken]
-        order = draw(self.seed, *group[0][:2], epoch, step, 1).permutation(len(spare))
+    def substitutes(self, pool, epoch, step):
+        """Videos that can replace unreadable ones, in a random order per step."""
+        group = self.keys(epoch, step)[pool]
+        ids, _, cycle = self.pools[pool]
+        in_use = set() if cycle else {key[2] for key in group}
+        candidates = [int(i) for i in ids if i not in in_use]
+        order = draw(self.seed, *group[0][:2], epoch, step, 1).permutation(len(candidates))
         for k in order[rank()::world_size()]:
-            if spare[k] not in self.unreadable:
-                yield spare[k]
+            if candidates[k] not in self.unreadable:
+                yield candidates[k]
 
     def note_unreadable(self, key, i, reason):
+        self.replaced += 1
         if i not in self.unreadable:
             self.unreadable[i] = reason
-            tqdm.write(f"warning: {self.videos.path(i)}: {reason}; another video takes its place",
+            tqdm.write(f"warning: {self.videos.path(i)}: {reason}; another video replaces it",
                        file=sys.stderr)
             check_unreadable(self.unreadable, self.pools[key[0]].ids, self.videos)
 
@@ -1785,58 +1700,62 @@ def check_unreadable(unreadable, ids, videos):
     bad = [videos.path(i) for i in ids if i in unreadable]
     if len(bad) > 0.1 * len(ids):
         names = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
-        raise UserError(f"{len(bad)} of {len(ids)} videos cannot be decoded, more than 10 %: mend "
+        raise UserError(f"{len(bad)} of {len(ids)} videos cannot be decoded, more than 10 %: repair "
                         f"or remove {names}")
 
 
-# ---- State: all that a checkpoint holds ----------------------------------------------------------
+# ---- State: everything that a checkpoint holds ---------------------------------------------------
 FREE_ARGUMENTS = {  # those that may change between a run and its continuation
     "out", "root", "pretrained", "epochs", "workers", "device", "checkpointing", "compile",
-    "restart"}
+    "restart", "save_every"}
+
+# While weights change, BatchNorm's running statistics lag behind them: of dark videos by so much
+# that a network had 71 % in train mode and 25 % in eval mode. So weights are frozen at the end.
+RECALIBRATION = 30  # steps, but at most a tenth of the run
 
 
 class State:
-    """Where the training of a network stands: all that its checkpoint OUT/NAME.pt holds.
+    """The state of a training run: everything that its checkpoint OUT/NAME.pt holds. Where the
+    checkpoint exists already, the run goes on from it.
 
-    net: the module to train, initialised: a classifier or an Embedder. carried: what else later
-    stages need. Where the checkpoint exists already, the State is what it holds."""
+    net: the module to train, with its initial weights: a classifier or an Embedder. batches: its
+    Batches. passed_on: what later stages need beside the weights."""
+    saved_at = ""  # where the same command goes on, for Ctrl-C
 
-    def __init__(self, stage, name, args, net, videos, device, labeled=(), carried={}):
+    def __init__(self, stage, name, args, net, batches, device, labeled=(), passed_on={}):
         self.name = name
         self.args = args
         self.path = Path(args.out) / f"{name}.pt"
-        self.log_path = Path(args.out) / f"{name}.log"
-        self.facts = {
+        self.metadata = {
             "stage": stage,
             "arch": args.arch,
-            "classes": videos.classes,
-            "video_set": set_digest(videos.names()),
-            "labeled": [videos.name(i) for i in labeled],
+            "classes": batches.videos.classes,
+            "video_set": set_digest(batches.videos.names()),
+            "labeled": [batches.videos.name(i) for i in labeled],
         }
-        self.carried = dict(carried)
-        self.epoch = 0  # that is done
-        self.step = 0  # that is done of the next epoch
-        self.sums = {}  # of the loss terms over these steps
+        self.passed_on = dict(passed_on)
+        self.steps_per_epoch = batches.steps
+        self.epoch = 0  # finished epochs
+        self.step = 0  # finished steps of the current epoch
+        self.sums = {}  # of the numbers of these steps
+        self.log = [json.dumps(describe_command())]  # lines of OUT/NAME.log
         self.finished = False
+        State.saved_at = ""
 
         BatchNorm.convert(net)
         net.to(device, memory_format=torch.channels_last_3d)
         trained = [p for p in net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(trained, args.lr, betas=(0.9, 0.999),
                                           fused=device.type == "cuda")
-        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, factor=0.5, patience=args.patience)
         backbone = net.backbone if isinstance(net, Embedder) else net
-        self.modules = {"model": backbone, "optimizer": self.optimizer, "plateau": self.plateau}
+        self.modules = {"model": backbone, "optimizer": self.optimizer, "scheduler": self.scheduler}
         if isinstance(net, Embedder):
             self.modules["head"] = net.head
 
-        if args.benchmark:
-            pass  # leaves no trace
-        elif not args.restart and broadcast(self.path.exists()):
+        if not args.benchmark and not args.restart and broadcast(self.path.exists()):
             self.resume()
-        else:
-            self.write_log([json.dumps(describe_command())])
         if args.compile:
             # The blocks differ in shape, the steps do not: as many variants as there are blocks.
             torch._dynamo.config.recompile_limit = 64
@@ -1846,12 +1765,12 @@ class State:
         self.net = nn.parallel.DistributedDataParallel(net) if world_size() > 1 else net
 
     def resume(self):
-        """Go on from the checkpoint; UserError if it was made by another command."""
+        """Go on from the checkpoint. UserError if another command made it."""
         saved = read_checkpoint(self.path, with_optimizer=True)
-        if saved.get("stage") != self.facts["stage"]:
+        if saved.get("stage") != self.metadata["stage"]:
             raise UserError(f"{self.path} was not written by this stage: choose another --out, or "
                             "--restart")
-        for key, value in {**vars(self.args), **self.facts}.items():
+        for key, value in {**vars(self.args), **self.metadata}.items():
             before = saved.get(key, saved["args"].get(key))
             if key not in FREE_ARGUMENTS and before != value:
                 raise UserError(f"{self.path} was made with {key} {str(before)[:60]}, not "
@@ -1865,23 +1784,29 @@ class State:
         self.epoch = saved["epoch"]
         self.step = saved["step"]
         self.sums = saved["sums"]
+        self.log = saved["log"]
         self.finished = saved["finished"] and self.epoch == self.args.epochs
         if self.finished:
             print0(f"{self.path} is finished ({self.epoch} epochs)")
         else:
+            self.note_saved()
             print0(f"going on from {self.path} at epoch {self.epoch + 1}, step {self.step + 1}")
-        # The log may be a line ahead, or end in half of one.
-        lines = read_lines(self.log_path) if self.log_path.exists() else []
-        lines = [line for line in lines if line.endswith("}")]
-        self.write_log([x for x in lines if json.loads(x).get("epoch", 0) <= self.epoch])
 
-    def update(self, loss, learn):
-        """One step of the optimiser; without `learn` one that leaves the weights as they are."""
-        if learn:
+    def steps_done(self):
+        return self.epoch * self.steps_per_epoch + self.step
+
+    def steps_left(self):
+        return self.args.epochs * self.steps_per_epoch - self.steps_done()
+
+    def update(self, loss):
+        """One training step. In the last steps of the run weights are frozen, while BatchNorm's
+        statistics settle (recalibration)."""
+        self.step += 1
+        frozen = min(RECALIBRATION, self.args.epochs * self.steps_per_epoch // 10)
+        if self.steps_left() >= frozen or self.args.benchmark:
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-        self.step += 1
 
     def end_epoch(self, numbers):
         """Print and log an epoch's numbers, then write the checkpoint."""
@@ -1891,39 +1816,47 @@ class State:
         line = {"epoch": self.epoch}
         for key, value in numbers.items():
             line[key] = round(value, 6) if isinstance(value, float) else value
-        if rank() == 0:
-            with open(self.log_path, "a") as file:
-                file.write(json.dumps(line) + "\n")
         print0(f"{self.name}:", ", ".join(f"{key} {value:.4g}" for key, value in line.items()))
+        if LOGGED_WARNINGS:
+            line["warnings"] = LOGGED_WARNINGS.copy()
+            LOGGED_WARNINGS.clear()
+        self.log.append(json.dumps(line))
         self.save()
 
     def save(self):
-        """Write the checkpoint. If the power fails, the old or the new one is there, whole."""
+        """Write the checkpoint, then the log. If the power fails, the old or the new checkpoint is
+        there, whole."""
+        content = {
+            **self.metadata,
+            **self.passed_on,
+            "args": vars(self.args),
+            "epoch": self.epoch,
+            "step": self.step,
+            "sums": self.sums,
+            "log": self.log,
+            "finished": self.finished,
+        }
+        for name, module in self.modules.items():
+            content[name] = module.state_dict()
         if rank() == 0:
-            content = {
-                **self.facts,
-                **self.carried,
-                "args": vars(self.args),
-                "epoch": self.epoch,
-                "step": self.step,
-                "sums": self.sums,
-                "finished": self.finished,
-            }
-            for name, module in self.modules.items():
-                content[name] = module.state_dict()
             write_atomically(self.path, lambda file: torch.save(content, file))
+            text = "".join(f"{line}\n" for line in self.log)
+            write_atomically(self.path.with_suffix(".log"), lambda file: file.write(text.encode()))
         if world_size() > 1:
             dist.barrier()
+        self.note_saved()
 
-    def finish(self, carried={}):
+    def note_saved(self):
+        State.saved_at = (f"; the same command goes on from {self.path} at epoch {self.epoch + 1}, "
+                          f"step {self.step + 1}")
+
+    def finish(self, passed_on={}):
         """Write the checkpoint that the next stage reads, with what else it needs."""
-        self.carried |= carried
+        self.passed_on |= passed_on
         self.finished = True
         self.save()
+        State.saved_at = ""
         print0(f"wrote {self.path}")
-
-    def write_log(self, lines):
-        write_bytes(self.log_path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def describe_command():
@@ -1937,154 +1870,145 @@ def describe_command():
     return {"command": " ".join(sys.argv), "commit": commit, **versions}
 
 
-# ---- Meter: the numbers of a step, and the end of a run ------------------------------------------
+# ---- Meter: the numbers of the steps -------------------------------------------------------------
+READ_EVERY = 10  # steps: reading the numbers makes the host wait for the GPU
+
+
 class Meter:
-    """Shows, checks and averages the numbers of the steps, times them, and ends the run after a
-    signal. Holds nothing that is saved.
+    """Reads, checks, shows and averages the numbers of the steps. Holds nothing that is saved: the
+    sums over an epoch are in state.sums."""
 
-    A step's numbers are read one step later, when they have reached the host without anyone
-    waiting for them."""
-
-    def __init__(self, state, batches, args, device):
+    def __init__(self, state, batches):
         self.state = state
         self.batches = batches
-        self.args = args
-        self.device = device
-        done = state.epoch * batches.steps + state.step
-        self.stream = batches.stream(done, args.epochs * batches.steps)
-        self.pending = None  # the numbers of the last step
-        self.stopping = False  # whether all ranks agreed to stop
-
-    def steps(self, epoch):
-        """The batches that are left of an epoch; after a signal a checkpoint, and the end."""
-        Signals.deferring = True
-        self.restart_timing()
-        bar = f"{self.state.name} {epoch + 1}/{self.args.epochs}"
-        with tqdm(total=self.batches.steps, initial=self.state.step, desc=bar, leave=False,
-                  disable=True if rank() else None) as self.bar:
-            if self.args.benchmark:
-                yield from self.benchmark(self.args.benchmark)
-            while self.state.step < self.batches.steps:
-                yield self.next_batch()
-                self.bar.update()
-                if self.stopping or (Signals.requested and world_size() == 1):
-                    self.settle()
-                    self.state.save()
-                    raise KeyboardInterrupt
-
-    def restart_timing(self):
+        self.args = state.args
+        steps = state.steps_left()
+        if self.args.benchmark:
+            steps = WARM_UP_STEPS + self.args.benchmark
+        self.stream = batches.stream(state.steps_done(), state.steps_done() + steps)
+        self.steps_here = 0  # of this process since it started
         self.begin = time.perf_counter()
+        self.reset()
+
+    def reset(self):
+        self.since = time.perf_counter()
         self.waiting = 0.0  # seconds, for data
-        self.clips = 0  # of this process
+        self.clips = 0
+        self.unread = []  # of each step since the last reading its numbers, a tensor
 
     def next_batch(self):
         begin = time.perf_counter()
-        self.batch = next(self.stream)
+        batch = next(self.stream)
         self.waiting += time.perf_counter() - begin
-        return self.batch
+        return batch
+
+    def steps(self, epoch):
+        """The batches that are left of an epoch. Writes the checkpoint every --save-every steps."""
+        if self.args.benchmark:
+            yield from self.benchmark(self.args.benchmark)
+        state = self.state
+        self.reset()
+        with tqdm(total=self.batches.steps, initial=state.step, leave=False,
+                  disable=True if rank() else None) as self.bar:
+            while state.step < self.batches.steps:
+                yield self.next_batch()
+                self.bar.update()
+                to_save = state.step % self.args.save_every == 0
+                if to_save or state.step % READ_EVERY == 0 or state.step == self.batches.steps:
+                    self.read()
+                if to_save and state.step < self.batches.steps:
+                    state.save()
 
     def add(self, clips, **terms):
         """Note a step's number of clips and its loss terms, scalars, of which the first is the
         loss."""
-        stop = torch.full((), float(bool(Signals.requested)), device=self.device)
-        values = torch.stack([*(term.detach().float() for term in terms.values()), stop])
-        if world_size() > 1:
-            dist.all_reduce(values)  # with the wish to stop: so all ranks stop at one step
-            values /= world_size()
-        self.settle()
-        ready = None
-        if self.device.type == "cuda":
-            values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
+        self.names = list(terms)
+        self.unread.append(torch.stack([term.detach().float() for term in terms.values()]))
         self.clips += clips
-        self.pending = {"names": list(terms), "values": values, "ready": ready,
-                        "step": self.state.step, "ids": self.batch.ids}
+        self.steps_here += 1
 
-    def settle(self):
-        """Take in the numbers of the last step; TrainingError if they are not finite."""
-        if self.pending is None:
-            return
-        if self.pending["ready"] is not None:
-            self.pending["ready"].synchronize()
-        *values, stop = self.pending["values"].tolist()
-        terms = dict(zip(self.pending["names"], values))
-        if not all(map(math.isfinite, values)):
-            videos = ", ".join(self.batches.videos.name(i) for i in self.pending["ids"])
+    def read(self):
+        """Add the numbers of the steps since the last reading to the sums. TrainingError if one is
+        not finite."""
+        state = self.state
+        device = self.unread[0].device
+        counts = torch.tensor([self.clips, self.waiting, self.batches.short, self.batches.replaced],
+                              device=device)
+        values = torch.cat([*self.unread, counts])
+        if world_size() > 1:
+            dist.all_reduce(values)
+        values = values.tolist()  # one transfer
+        counts = dict(zip(["clips", "waiting", "short", "unreadable"], values[-4:]))
+        counts["seconds"] = time.perf_counter() - self.since
+        steps = len(self.unread)
+        self.reset()
+        self.batches.short = self.batches.replaced = 0
+        for k in range(steps):  # one after the other: the sums do not depend on when they are read
+            for name, value in zip(self.names, values[k * len(self.names):]):
+                state.sums[name] = state.sums.get(name, 0.0) + value / world_size()
+        for name, value in counts.items():
+            state.sums[name] = state.sums.get(name, 0) + value
+        if not all(map(math.isfinite, state.sums.values())):
             raise TrainingError(
-                f"epoch {self.state.epoch + 1}, step {self.pending['step']}: not finite: {terms}. "
-                f"The videos of this step: {videos}. {self.state.path} was left as it was")
-        self.stopping = self.stopping or stop > 0
-        sums = self.state.sums
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + value
-        means = {name: f"{total / self.pending['step']:.3f}" for name, total in sums.items()}
-        self.bar.set_postfix(means, refresh=False)
-        self.pending = None
+                f"a loss is not finite in epoch {state.epoch + 1}, steps {state.step - steps + 1} "
+                f"to {state.step}: a smaller --lr, or --precision fp32? {state.path} was left as it "
+                "was")
+        seconds_per_step = (time.perf_counter() - self.begin) / self.steps_here
+        left = round(seconds_per_step * state.steps_left() / 60)
+        self.bar.set_description(f"{state.name}: epoch {state.epoch + 1}/{self.args.epochs}, "
+                                 f"{left // 60} h {left % 60} min left", refresh=False)
+        self.bar.set_postfix({name: f"{state.sums[name] / state.step:.3f}" for name in self.names},
+                             refresh=False)
 
     def means(self):
         """The numbers of the epoch that ends: means of the loss terms, learning rate, speed."""
-        self.settle()
-        seconds = time.perf_counter() - self.begin
-        numbers = {name: total / self.state.step for name, total in self.state.sums.items()}
-        unreadable = set()
-        short = set()
-        for ids, others in gather_objects((list(self.batches.unreadable), self.batches.short)):
-            unreadable.update(ids)
-            short.update(others)
+        sums = self.state.sums
+        unreadable = set().union(*gather_objects(list(self.batches.unreadable)))
         if unreadable:
             names = sorted(map(self.batches.videos.name, unreadable))
             print0("cannot be decoded:", ", ".join(names))
         return {
-            **numbers,
+            **{name: sums[name] / self.state.step for name in self.names},
             "lr": self.state.optimizer.param_groups[0]["lr"],
-            "seconds": seconds,
-            "clips_per_s": self.clips * world_size() / seconds,
-            "waiting_share": self.waiting / seconds,
-            "memory_gib": peak_memory(self.device),
-            "unreadable": len(unreadable),  # videos met so far, as is the next
-            "short": len(short),
+            "seconds": sums["seconds"],
+            "clips_per_s": sums["clips"] / sums["seconds"],
+            "waiting_share": sums["waiting"] / world_size() / sums["seconds"],
+            "memory_gib": peak_memory(self.batches.device),
+            "unreadable": int(sums["unreadable"]),
+            "short": int(sums["short"]),
         }
 
     def benchmark(self, count):
-        """The steps of --benchmark, then their numbers, as a table and as JSON, and the end."""
-        Signals.deferring = False  # nothing is to be saved
-        for _ in range(min(5, count)):  # warm-up
+        """The steps of --benchmark; then their numbers as a JSON line, and the end."""
+        print0(f"benchmark: {WARM_UP_STEPS} steps of warm-up, then {count}")
+        for _ in range(WARM_UP_STEPS):
             yield self.next_batch()
-        self.settle()  # which waits for the GPU
-        if self.device.type == "cuda":
+        self.unread[-1].tolist()  # waits for the GPU
+        if self.batches.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self.restart_timing()
+        self.reset()
         for _ in range(count):
-            yield self.next_batch()
-        self.settle()
-        step = (time.perf_counter() - self.begin) / count
-        waiting_share = self.waiting / count / step
-        # On paper, so that it neither counts what is recomputed nor disturbs what is compiled.
-        forward, backward = count_flop(self.args.arch, self.args.frames, self.args.size)
-        teachers = [name for name in getattr(self.args, "teachers", ()) if name != "none"]
-        flop = self.clips / count * (forward + backward + len(teachers) * forward)
-        keys = self.batch.keys[:16]
+            batch = self.next_batch()
+            yield batch
+        self.unread[-1].tolist()
+        seconds = time.perf_counter() - self.since
+        waiting = self.waiting
+        keys = batch.keys[:16]
         begin = time.perf_counter()
         for key in keys:
             self.batches.dataset[key, key[2]]
-        decode_seconds = (time.perf_counter() - begin) / len(keys)
         numbers = {
-            "videos_per_s": self.batches.share * world_size() / step,
-            "ms_per_step": 1000 * step,
-            "clips_per_s": self.clips * world_size() / count / step,
-            "decode_ms_per_video": 1000 * decode_seconds,
-            "waiting_share": waiting_share,
-            "tflop_per_s": flop * world_size() / step / 1e12,
-            "memory_gib": peak_memory(self.device),
+            "videos_per_s": count * self.batches.share * world_size() / seconds,
+            "ms_per_step": 1000 * seconds / count,
+            "waiting_share": waiting / seconds,
+            "decode_ms_per_video": 1000 * (time.perf_counter() - begin) / len(keys),
+            "memory_gib": peak_memory(self.batches.device),
         }
-        for key, value in numbers.items():
-            print0(f"{key:20} {value:10.4g}")
-        print0(json.dumps(numbers))
-        flag = "--precision bf16" if self.args.precision == "fp32" else "--compile, more processes"
-        print0("bottleneck:", "decoding; --workers, or re-encode the videos (README)"
-               if waiting_share > 0.05 else f"the network; {flag}")
+        print0(json.dumps({name: float(f"{value:.4g}") for name, value in numbers.items()}))
         raise SystemExit
+
+
+WARM_UP_STEPS = 5  # of --benchmark
 
 
 def beside_chance(means, levels, last):
@@ -2214,7 +2138,6 @@ def map_videos(function, videos, indices, group_size, size, workers, device, tit
     function: a list of up to `group_size` uint8 (T, H, W, 3) on the device -> a tensor with a
     row for each. size: of the network's input. Returns {id: row} and, of those that cannot be
     decoded, {id: reason}."""
-    Signals.end_at_once()
     ids = range(rank(), len(videos), world_size())
     dataset = Frames(videos, indices, round(1.25 * size))
     items = dataset.loader([(None, i) for i in ids], workers, device)
@@ -2314,15 +2237,14 @@ def paired_similarity(teachers):
 
 # ---- Arguments -----------------------------------------------------------------------------------
 DATA_SETS = ("toy", "ucf101", "hmdb51", "kinetics400", "folder")
-SMALL = 1000  # a folder of fewer training videos has settings of its own
+SMALL = 1000  # training videos: a folder of fewer has settings of its own
 
 
-def defaults(data, stage, videos=math.inf, batch=None):
-    """What a stage ("pretrain", "finetune", "student") does where no flag says otherwise: the
-    paper's settings, and others for toy and for small folders of `videos` training videos, of which
-    --batch takes `batch` a step.
+def recipe(data, stage, videos=math.inf, batch=None):
+    """The default settings of a stage ("pretrain", "finetune" or "student"): the paper's, and
+    others for toy and for small folders, of `videos` training videos, `batch` of them a step.
 
-    Batch and epochs of fine-tuning, which the paper does not name, are the authors' code's."""
+    The paper does not name the batch and the epochs of fine-tuning: they are the authors' code's."""
     ssl = stage == "pretrain"
     settings = {
         "data": data,
@@ -2331,7 +2253,6 @@ def defaults(data, stage, videos=math.inf, batch=None):
         "pool": "train",
         "percent": {"ucf101": 5, "hmdb51": 40, "toy": 6}.get(data, 10),
         "subset_seed": 0,
-        "seed": 0,
         "clips": 4,
         "frames": 16 if ssl else 8,
         "stride": 1 if ssl else 2,
@@ -2342,6 +2263,8 @@ def defaults(data, stage, videos=math.inf, batch=None):
         "lr": 1e-3,
         "warmup": 10,
         "patience": 5,
+        "precision": None,  # by the hardware
+        "out": f"runs/{data}",
     }
     if data == "toy":
         settings |= {
@@ -2352,6 +2275,7 @@ def defaults(data, stage, videos=math.inf, batch=None):
             "epochs": {"pretrain": 7, "finetune": 75, "student": 13}[stage],
             "batch": 10 if ssl else 16,
             "warmup": 2,
+            "precision": "fp32",  # faster than bf16 for a network of so few channels
         }
     small_folder = data == "folder" and videos < SMALL
     if small_folder and ssl:
@@ -2366,42 +2290,164 @@ def defaults(data, stage, videos=math.inf, batch=None):
     return settings
 
 
-def settle_arguments(args, stage="", sources={}, inherited=()):
-    """Fill in what no flag has set: from the checkpoints that the stage reads, {path: content},
-    from defaults(), or from what the machine has. UserError on a contradiction."""
-    taken = {}
-    for path, saved in sources.items():
-        for key in inherited if saved and saved.get("stage") else ():
-            value = saved["args"][key]
-            given = getattr(args, key)
-            if given is None and value is not None:
-                setattr(args, key, value)
-                taken[key] = value
-            elif given != value and key != "root":  # the videos may have moved
-                raise UserError(f"{flag(key)} {given} contradicts {path}, made with {value}")
-    if taken:
-        print0("from", ", ".join(sources) + ":", *(f"{flag(k)} {v}" for k, v in taken.items()))
-    table = defaults(args.data or "toy", stage) if stage else {}
-    if stage and args.data == "folder":
-        videos = read_videos("folder", args.root or table["root"], train=True)
-        table = defaults("folder", stage, len(videos), args.batch)
-    if getattr(args, "labeled_list", None):
-        if args.percent is not None:
-            raise UserError("--percent and --labeled-list: choose one")
-        del table["percent"]
-    for key, value in table.items():
-        if getattr(args, key, 0) is None:
-            setattr(args, key, value)
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a UserError, so one line, and --help shows each known default."""
+
+    class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter,
+                        argparse.RawDescriptionHelpFormatter):
+        def _get_help_string(self, action):
+            known = action.default not in (None, False)
+            return super()._get_help_string(action) if known else action.help
+
+    def __init__(self, description, parents):
+        super().__init__(description=description, parents=parents,
+                         formatter_class=self.HelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def machine_arguments():
+    """The flags of all five scripts."""
+    parser = argparse.ArgumentParser(add_help=False)
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--workers", type=ranged(int, 0), metavar="N",
+                         help="processes that decode videos (default: one for each core)")
+    machine.add_argument("--device", choices=("cpu", "cuda"),
+                         help="where to compute (default: cuda if there is a GPU)")
+    machine.add_argument("--precision", choices=("bf16", "fp32"),
+                         help="bf16 autocast or float32 (default: bf16 if the hardware has it)")
+    return parser
+
+
+def shared_arguments(stage):
+    """The flags of all training stages. Their defaults come from recipe()."""
+    count = ranged(int, 1)
+    from_0 = ranged(int, 0)
+    parser = argparse.ArgumentParser(add_help=False, parents=[machine_arguments()])
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", choices=DATA_SETS,
+                      help="data set; toy is rendered if it is missing")
+    data.add_argument("--root", metavar="DIR", help="folder of the data set")
+    data.add_argument("--split", type=ranged(int, 1, 3), metavar="N",
+                      help="official split of ucf101 and hmdb51")
+    data.add_argument("--pool", choices=("train", "all"),
+                      help="training videos of hmdb51: the split's, or all but the test videos")
+    if stage != "pretrain":
+        labeled = data.add_mutually_exclusive_group()
+        labeled.add_argument("--percent", type=ranged(float, 1e-3, 100), metavar="P",
+                             help="labelled share of each class in %%")
+        labeled.add_argument("--labeled-list", metavar="FILE",
+                             help="a published list of the labelled videos")
+        data.add_argument("--subset-seed", type=from_0, metavar="N",
+                          help="chooses which videos are labelled; --seed does not")
+
+    clips = parser.add_argument_group("clips")
+    if stage == "pretrain":
+        clips.add_argument("--clips", type=ranged(int, 2), metavar="N",
+                           help="consecutive clips per video, n")
+    clips.add_argument("--frames", type=count, metavar="N", help="frames per clip")
+    clips.add_argument("--stride", type=count, metavar="N",
+                       help="distance of two frames of a clip, in frames of the video")
+    clips.add_argument("--size", type=ranged(int, 16), metavar="PIXELS",
+                       help="width and height of the network's input")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--arch", choices=tuple(ARCHS), help="network")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=count, metavar="N", help="passes over the videos")
+    training.add_argument("--batch", type=count, metavar="VIDEOS",
+                          help="videos per step, over all processes")
+    training.add_argument("--lr", type=ranged(float, 0), metavar="X",
+                          help="learning rate of Adam")
+    training.add_argument("--warmup", type=from_0, metavar="EPOCHS",
+                          help="first epochs, in which the learning rate rises linearly to --lr")
+    training.add_argument("--patience", type=from_0, metavar="EPOCHS",
+                          help="the learning rate is halved after so many epochs without a lower "
+                          "loss")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", metavar="DIR", help="folder of checkpoints and logs")
+    run.add_argument("--seed", type=from_0, default=0, metavar="N",
+                     help="seed of initial weights, order of videos and augmentation")
+    run.add_argument("--save-every", type=count, default=500, metavar="STEPS",
+                     help="steps between two checkpoints inside an epoch")
+    run.add_argument("--restart", action="store_true",
+                     help="begin again, even if there is a checkpoint")
+    run.add_argument("--checkpointing", action="store_true",
+                     help="recompute activations in the backward pass: less memory, up to a third "
+                     "more time")
+    run.add_argument("--compile", action="store_true",
+                     help="torch.compile: slow to start, then faster on GPUs")
+    run.add_argument("--benchmark", type=count, metavar="N",
+                     help="time N steps, print the result and write nothing")
+    return parser
+
+
+def start(parser, stage, argv):
+    """Parse the flags, with the defaults of --data's recipe, and join torchrun's processes ->
+    args, device. parser.given: the flags that were given."""
+    argv = sys.argv[1:] if argv is None else list(map(str, argv))
+    first_look = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
+    parser.given = {k: v for k, v in vars(first_look).items() if v is not None and v is not False}
+    defaults = recipe(first_look.data or "toy", stage)
+    parser.set_defaults(**{k: v for k, v in defaults.items() if k in first_look})
+    args = parser.parse_args(argv)  # --help ends here
+    return args, prepare(args)
+
+
+def prepare(args):
+    """Choose the device, the number of workers and the memory allocator's settings, and join
+    torchrun's processes -> device."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        # glibc gives large blocks back and faults them in again in each step: it is to keep them.
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if args.device == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"--device cuda: {torch.cuda.device_count()} GPUs here for "
+                            f"{local_rank + 1} processes or more")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
     if args.workers is None:
         on_linux = hasattr(os, "sched_getaffinity")
         cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count()
         args.workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if args.precision is None:
-        args.precision = broadcast("bf16" if has_bf16(args.device) else "fp32")
-    if not stage:
-        return
-    if args.benchmark:
-        args.epochs = 10**6  # as many as it needs
+    join_processes(device)
+    return device
+
+
+def settle(parser, stage, args, checkpoints={}, inherited=()):
+    """Complete the settings: what was given by a flag, else what the stage's checkpoints say, else
+    the recipe. Prints them. UserError if a flag contradicts a checkpoint.
+
+    checkpoints: {path: content}, of which the arguments `inherited` are taken."""
+    taken = {}
+    for path, saved in checkpoints.items():
+        for key in inherited if saved and saved.get("stage") else ():
+            value = saved["args"][key]
+            other = parser.given.get(key, taken.get(key, value))
+            if other != value and key != "root":  # the videos may have moved
+                raise UserError(f"{flag(key)} {other} contradicts {path}, made with {value}")
+            taken[key] = value
+    if taken:
+        print0("from", ", ".join(checkpoints) + ":", as_flags(taken))
+    settings = recipe(parser.given.get("data") or taken.get("data") or "toy", stage)
+    if settings["data"] == "folder":
+        root = {**settings, **taken, **parser.given}["root"]
+        videos = read_videos("folder", root, train=True)
+        settings = recipe("folder", stage, len(videos), parser.given.get("batch"))
+    for key, value in {**settings, **taken, **parser.given}.items():
+        if key in args and key != "out":
+            setattr(args, key, value)
+    if getattr(args, "labeled_list", None):
+        args.percent = None
+    args.precision = args.precision or default_precision(args.device)
     large_r3d = args.arch.startswith("r3d") and args.size > 112
     if args.device == "cpu" and args.precision == "bf16" and (large_r3d or not has_bf16("cpu")):
         raise UserError(f"{args.arch} at --size {args.size} needs --precision fp32 on this CPU: "
@@ -2409,11 +2455,28 @@ def settle_arguments(args, stage="", sources={}, inherited=()):
     if args.batch % world_size():
         raise UserError(f"--batch {args.batch} cannot be shared among {world_size()} processes: "
                         "choose a multiple")
-    print0("settings:", *(f"{flag(k)} {v}" for k, v in vars(args).items() if v is not None))
+    print0("settings:", as_flags(vars(args)))
+
+
+def as_flags(settings):
+    """Settings as they can be pasted behind a command."""
+    words = []
+    for key, value in settings.items():
+        if value is True:
+            words.append(flag(key))
+        elif value is not None and value is not False:
+            values = value if isinstance(value, list) else [value]
+            words += [flag(key), *(shlex.quote(str(v)) for v in values)]
+    return " ".join(words)
 
 
 def flag(key):
     return "--" + key.replace("_", "-")
+
+
+def default_precision(device):
+    """The same on all processes."""
+    return broadcast("bf16" if has_bf16(device) else "fp32")
 
 
 def has_bf16(device):
@@ -2435,93 +2498,3 @@ def ranged(kind, least, most=math.inf):
                 return value
         raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} from {least} to {most}")
     return parse
-
-
-class Parser(argparse.ArgumentParser):
-    """Flags in named groups, their defaults in --help, with those that training stages share.
-
-    stage: "pretrain", "finetune" or "student" ("": none of these flags). A mistake becomes a
-    UserError, so one line."""
-
-    def __init__(self, description, stage=""):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=formatter)
-        self.stage = stage
-        self.groups = {}
-        count = ranged(int, 1)
-        from_0 = ranged(int, 0)
-        flags = [  # group, flag, its help, its type or its choices (None: it takes no value), unit
-            ("data", "--data", "data set; toy is rendered where it is missing (default toy)",
-             DATA_SETS, None),
-            ("data", "--root", "its folder (default data/<data>)", str, "DIR"),
-            ("data", "--split", "official split of ucf101 and hmdb51", ranged(int, 1, 3), "N"),
-            ("data", "--pool", "hmdb51's training videos: the split's, or all but test's",
-             ("train", "all"), None),
-            ("data", "--percent", "%% of each class with a label", ranged(float, 1e-3, 100), "P"),
-            ("data", "--labeled-list", "read the labelled videos from a published list instead",
-             str, "FILE"),
-            ("data", "--subset-seed", "draws which P percent", from_0, "N"),
-            ("clips", "--clips", "consecutive clips per video, n", ranged(int, 2), "N"),
-            ("clips", "--frames", "frames per clip", count, "N"),
-            ("clips", "--stride", "frames from one to the next", count, "N"),
-            ("clips", "--size", "side of the square that the network sees", ranged(int, 16),
-             "PIXELS"),
-            ("model", "--arch", "network", tuple(ARCHS), None),
-            ("training", "--epochs", "passes over the videos", count, "N"),
-            ("training", "--batch", "videos per step, over all processes", count, "VIDEOS"),
-            ("training", "--lr", "Adam's learning rate", ranged(float, 0), "X"),
-            ("training", "--warmup", "epochs in which it rises linearly", from_0, "EPOCHS"),
-            ("training", "--patience", "epochs without a lower loss before it halves", from_0,
-             "EPOCHS"),
-            ("run", "--out", "folder of checkpoints and logs (default runs/<data>)", str, "DIR"),
-            ("run", "--seed", "of weights, order and augmentation (default 0)", from_0, "N"),
-            ("run", "--checkpointing", "recompute activations: less memory, up to a third more "
-             "time", None, None),
-            ("run", "--compile", "torch.compile: slow to start, then faster on GPUs", None, None),
-            ("run", "--restart", "begin again, even where there is a checkpoint", None, None),
-            ("run", "--benchmark", "time so many steps, write no checkpoint", count, "N"),
-            ("run", "--workers", "decoding processes (default: its share of the cores)", from_0,
-             "N"),
-            ("run", "--device", "default: cuda where there is a GPU", ("cpu", "cuda"), None),
-            ("run", "--precision", "default: bf16 autocast where the hardware has it",
-             ("bf16", "fp32"), None),
-        ]
-        not_here = {"pretrain": {"--percent", "--labeled-list", "--subset-seed"},
-                    "finetune": {"--clips"}, "student": {"--clips"}}
-        for group, name, text, kind, unit in flags:
-            if not stage and name not in ("--workers", "--device", "--precision"):
-                continue
-            if name in not_here.get(stage, ()):
-                continue
-            if kind is None:
-                self.add(group, name, text, action="store_true")
-            elif isinstance(kind, tuple):
-                self.add(group, name, text, choices=kind)
-            else:
-                self.add(group, name, text, type=kind, metavar=unit)
-
-    def add(self, group, name, text, **settings):
-        """Add a flag (or, without dashes, an argument) to a group, with its default in the help."""
-        if group not in self.groups:
-            self.groups[group] = self.add_argument_group(group)
-        if "default" not in text:
-            text += self.describe_default(name.strip("-").replace("-", "_"), **settings)
-        self.groups[group].add_argument(name, help=text, **settings)
-
-    def describe_default(self, key, default=None, **_):
-        if default is not None:
-            return f" (default {' '.join(map(str, np.atleast_1d(default)))})"
-        if not self.stage:
-            return ""
-        table = {data: defaults(data, self.stage).get(key) for data in DATA_SETS}
-        usual = table["ucf101"]
-        if usual is None:
-            return ""
-        small = defaults("folder", self.stage, videos=200).get(key)
-        if small != table["folder"]:
-            table["folder of 200 videos"] = small
-        odd = [f"; {data} {value}" for data, value in table.items() if value != usual]
-        return f" (default {usual}{''.join(odd)})"
-
-    def error(self, message):
-        raise UserError(f"{message} (--help lists the flags)")

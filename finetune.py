@@ -15,7 +15,7 @@ from pathlib import Path
 from common import (
     WEAK, Batches, Meter, Parser, Pool, State, augment_clips, autocast, build_model, command, draw,
     find_checkpoint, labeled_and_all_videos, nearest_neighbours, print0, read_checkpoint, seed_of,
-    settle_arguments, start, start_from, to_input, warm_up)  # before torch: see its imports
+    settle, shared_arguments, start, start_from, to_input, warm_up)  # before torch
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +23,19 @@ import torch.nn.functional as F
 
 @command
 def main(argv=None):
-    parser = Parser(__doc__, "finetune")
-    parser.add("model", "--init", "what to fine-tune, one after the other: file names in "
-               "--pretrained, paths, or none for random weights", nargs="+",
-               default=["inv.pt", "dist.pt"], metavar="CHECKPOINT")
-    parser.add("model", "--pretrained", "folder of stage 1 (default OUT)", metavar="DIR")
-    args, device = start(parser, argv)
+    parser = Parser(__doc__, parents=[shared_arguments("finetune")])
+    parser.add_argument("--init", nargs="+", default=["inv.pt", "dist.pt"], metavar="CHECKPOINT",
+                        help="what to fine-tune, one after the other: file names in --pretrained, "
+                        "paths, or none for random weights")
+    parser.add_argument("--pretrained", metavar="DIR", help="folder of stage 1 (default: OUT)")
+    args, device = start(parser, "finetune", argv)
     pretrained = {}
     for init in args.init:
         path = find_checkpoint(init, args.pretrained or args.out)
         stages = ["pretrain_inv", "pretrain_dist", None]
         pretrained[init] = None if init == "none" else read_checkpoint(path, stages)
-    settle_arguments(args, "finetune", pretrained,
-                     inherited=["data", "root", "split", "pool", "arch", "size"])
+    settle(parser, "finetune", args, pretrained,
+           inherited=["data", "root", "split", "pool", "arch", "size"])
     labeled, videos = labeled_and_all_videos(args)
     for init, saved in pretrained.items():
         args.init = init  # each checkpoint says what it alone was made from
@@ -52,16 +52,16 @@ def finetune(args, saved, labeled, videos, device):
         start_from(model, args.init, saved)
         name = f"{Path(args.init).stem}_ft"
         similarity = {k: v for k, v in saved.items() if k.startswith("similarity")}
-    state = State("finetune", name, args, model, videos, device, labeled, similarity)
+    pool = Pool(labeled, args.batch, cycle=True)
+    batches = Batches(videos, [pool], args.frames, seed, args, device)
+    state = State("finetune", name, args, model, batches, device, labeled, similarity)
     if state.finished:
         return
     if similarity and state.epoch == state.step == 0:
         share = nearest_neighbours(model, videos, labeled, args, device)
         print0(f"{args.init}: the nearest other labelled video is of the same class for "
                f"{100 * share:.1f} %, at random for about {100 / len(videos.classes):.1f} %")
-    pool = Pool(labeled, args.batch, cycle=True)
-    batches = Batches(videos, [pool], args.frames, seed, args, device)
-    meter = Meter(state, batches, args, device)
+    meter = Meter(state, batches)
 
     for epoch in range(state.epoch, args.epochs):
         warm_up(state.optimizer, args.lr, epoch, args.warmup)
@@ -73,11 +73,11 @@ def finetune(args, saved, labeled, videos, device):
             with autocast(args, device):
                 logits = state.net(to_input(clips, model))  # (b, classes)
             loss = F.cross_entropy(logits.float(), y)  # L_sup, Eq. 4
-            state.update(loss, batch.learn)
+            state.update(loss)
             meter.add(len(clips), loss=loss, accuracy=(logits.argmax(1) == y).float().mean())
         means = meter.means()
         if epoch >= args.warmup:
-            state.plateau.step(means["loss"])  # halves the learning rate on a plateau
+            state.scheduler.step(means["loss"])  # halves the learning rate on a plateau
         state.end_epoch(means)  # log, checkpoint
 
     state.finish()

@@ -15,24 +15,24 @@ import math
 from common import (
     Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment_clips, autocast,
     beside_chance, build_model, command, count_time_steps, distinctive_loss, draw, invariant_loss,
-    measure_similarity, ranged, seed_of, settle_arguments, start, to_input, training_videos,
-    unpooled_distinctive_loss, warm_up)  # before torch: see its imports
+    measure_similarity, ranged, seed_of, settle, shared_arguments, start, to_input,
+    training_videos, unpooled_distinctive_loss, warm_up)  # before torch
 
 import torch
 
 
 @command
 def main(argv=None):
-    parser = Parser(__doc__, "pretrain")
-    parser.add("training", "--temperature", "tau of Eq. 3", type=ranged(float, 1e-3), default=0.1,
-               metavar="X")
-    parser.add("training", "--invariant-weight", "adds X times the invariant loss of stage 1a",
-               type=ranged(float, 0), default=0.0, metavar="X")
-    parser.add("run", "--name", "the checkpoint is OUT/NAME.pt (default dist; both with "
-               "--invariant-weight)")
-    args, device = start(parser, argv)
+    parser = Parser(__doc__, parents=[shared_arguments("pretrain")])
+    parser.add_argument("--temperature", type=ranged(float, 1e-3), default=0.1, metavar="X",
+                        help="tau of Eq. 3")
+    parser.add_argument("--invariant-weight", type=ranged(float, 0), default=0.0, metavar="X",
+                        help="add X times the invariant loss of stage 1a")
+    parser.add_argument("--name", help="the checkpoint is OUT/NAME.pt (default: dist, or both with "
+                        "--invariant-weight)")
+    args, device = start(parser, "pretrain", argv)
     args.name = args.name or ("both" if args.invariant_weight else "dist")
-    settle_arguments(args, "pretrain")
+    settle(parser, "pretrain", args)
     n = args.clips
     time_steps = count_time_steps(args.arch, args.frames, args.size)
     if time_steps % n:
@@ -43,12 +43,12 @@ def main(argv=None):
     seed = seed_of("pretrain_dist", args.seed)
     torch.manual_seed(seed)
     embedder = Embedder(build_model(args.arch, len(videos.classes)))
-    state = State("pretrain_dist", args.name, args, embedder, videos, device)
-    if state.finished:
-        return
     everyone = Pool(range(len(videos)), args.batch, cycle=False)
     batches = Batches(videos, [everyone], n * args.frames, seed, args, device)
-    meter = Meter(state, batches, args, device)
+    state = State("pretrain_dist", args.name, args, embedder, batches, device)
+    if state.finished:
+        return
+    meter = Meter(state, batches)
 
     for epoch in range(state.epoch, args.epochs):
         warm_up(state.optimizer, args.lr, epoch, args.warmup)
@@ -83,11 +83,11 @@ def main(argv=None):
                 l_i = invariant_loss(all_gather(z), args.temperature)  # Eq. 1
                 loss = loss + args.invariant_weight * l_i
                 terms["l_i"] = l_i
-            state.update(loss, batch.learn)
+            state.update(loss)
             meter.add(len(x), loss=loss, **terms)
         means = meter.means()
         if epoch >= args.warmup:
-            state.plateau.step(means["loss"])  # halves the learning rate on a plateau
+            state.scheduler.step(means["loss"])  # halves the learning rate on a plateau
         chance = {"l_d1": math.log(2 * n - 1), "l_d2": math.log(n)}
         means = beside_chance(means, chance, epoch + 1 == args.epochs)
         state.end_epoch(means)  # log, checkpoint

@@ -14,19 +14,19 @@ import math
 from common import (
     Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment_clips, autocast,
     beside_chance, build_model, command, draw, invariant_loss, measure_similarity, ranged, seed_of,
-    settle_arguments, start, to_input, training_videos, warm_up)  # before torch: see its imports
+    settle, shared_arguments, start, to_input, training_videos, warm_up)  # before torch
 
 import torch
 
 
 @command
 def main(argv=None):
-    parser = Parser(__doc__, "pretrain")
-    parser.add("training", "--temperature", "tau of Eq. 1", type=ranged(float, 1e-3), default=0.1,
-               metavar="X")
-    parser.add("run", "--name", "the checkpoint is OUT/NAME.pt", default="inv")
-    args, device = start(parser, argv)
-    settle_arguments(args, "pretrain")
+    parser = Parser(__doc__, parents=[shared_arguments("pretrain")])
+    parser.add_argument("--temperature", type=ranged(float, 1e-3), default=0.1, metavar="X",
+                        help="tau of Eq. 1")
+    parser.add_argument("--name", default="inv", help="the checkpoint is OUT/NAME.pt")
+    args, device = start(parser, "pretrain", argv)
+    settle(parser, "pretrain", args)
     if args.batch < 2:
         raise UserError("--batch 1: Eq. 1 takes its negatives from other videos, give 2 or more")
 
@@ -34,19 +34,19 @@ def main(argv=None):
     seed = seed_of("pretrain_inv", args.seed)
     torch.manual_seed(seed)
     embedder = Embedder(build_model(args.arch, len(videos.classes)))
-    state = State("pretrain_inv", args.name, args, embedder, videos, device)
-    if state.finished:
-        return
     n = args.clips
     everyone = Pool(range(len(videos)), args.batch, cycle=False)
     batches = Batches(videos, [everyone], n * args.frames, seed, args, device)
-    meter = Meter(state, batches, args, device)
+    state = State("pretrain_inv", args.name, args, embedder, batches, device)
+    if state.finished:
+        return
+    meter = Meter(state, batches)
 
     for epoch in range(state.epoch, args.epochs):
         warm_up(state.optimizer, args.lr, epoch, args.warmup)
         state.net.train()
         for batch in meter.steps(epoch):
-            clips = []  # n of each video, one behind the other
+            clips = []  # n of each video, concatenated
             rngs = []  # each has its own augmentation
             for video, key in zip(batch.videos, batch.keys):
                 for t, clip in enumerate(video.split(args.frames)):
@@ -58,11 +58,11 @@ def main(argv=None):
             z = z.unflatten(0, (-1, n))
             z = all_gather(z)  # (B, n, 128): the other processes' videos are negatives, too
             loss = invariant_loss(z, args.temperature)  # Eq. 1
-            state.update(loss, batch.learn)
+            state.update(loss)
             meter.add(len(clips), loss=loss)
         means = meter.means()
         if epoch >= args.warmup:
-            state.plateau.step(means["loss"])  # halves the learning rate on a plateau
+            state.scheduler.step(means["loss"])  # halves the learning rate on a plateau
         chance = {"loss": math.log(2 * args.batch - 1)}
         means = beside_chance(means, chance, epoch + 1 == args.epochs)
         state.end_epoch(means)  # log, checkpoint

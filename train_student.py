@@ -16,8 +16,8 @@ import warnings
 from common import (
     WEAK, Batches, Meter, Parser, Pool, State, UserError, augment_clips, autocast, build_model,
     combine_teachers, command, distillation_loss, draw, find_checkpoint, labeled_and_all_videos,
-    load_classifier, paired_similarity, print0, ranged, read_checkpoint, seed_of, settle_arguments,
-    similarity_score, start, start_from, to_input, warm_up)  # before torch: see its imports
+    load_classifier, paired_similarity, print0, ranged, read_checkpoint, seed_of, settle,
+    shared_arguments, similarity_score, start, start_from, to_input, warm_up)  # before torch
 
 import numpy as np
 import torch
@@ -26,21 +26,23 @@ import torch.nn.functional as F
 
 @command
 def main(argv=None):
-    parser = Parser(__doc__, "student")
-    parser.add("model", "--teachers", "one or two: file names in OUT, or paths; none: labels alone",
-               nargs="+", default=["inv_ft.pt", "dist_ft.pt"], metavar="CHECKPOINT")
-    parser.add("model", "--init", "what the student starts from: a file name in --pretrained, a "
-               "path, or none for random weights", default="dist.pt", metavar="CHECKPOINT")
-    parser.add("model", "--pretrained", "folder of stage 1 (default OUT)", metavar="DIR")
-    parser.add("training", "--omega", "weight of the unsupervised loss", type=ranged(float, 0),
-               default=1.0, metavar="X")
-    parser.add("training", "--teacher-loss", "distillation loss", choices=("l2", "kl", "js"),
-               default="l2")
-    parser.add("training", "--reweight", "weight of the first teacher: each video's similarity "
-               "score, one half, or a number from 0 to 1", type=weighting, default="tstr",
-               metavar="{tstr,mean,W}")
-    parser.add("run", "--name", "the checkpoint is OUT/NAME.pt", default="student")
-    args, device = start(parser, argv)
+    parser = Parser(__doc__, parents=[shared_arguments("student")])
+    parser.add_argument("--teachers", nargs="+", default=["inv_ft.pt", "dist_ft.pt"],
+                        metavar="CHECKPOINT", help="one or two: file names in OUT, or paths; none: "
+                        "train on the labels alone")
+    parser.add_argument("--init", default="dist.pt", metavar="CHECKPOINT",
+                        help="initial weights of the student: a file name in --pretrained, a path, "
+                        "or none for random weights")
+    parser.add_argument("--pretrained", metavar="DIR", help="folder of stage 1 (default: OUT)")
+    parser.add_argument("--omega", type=ranged(float, 0), default=1.0, metavar="X",
+                        help="weight of the unsupervised loss")
+    parser.add_argument("--teacher-loss", choices=("l2", "kl", "js"), default="l2",
+                        help="distillation loss")
+    parser.add_argument("--reweight", type=weighting, default="tstr", metavar="{tstr,mean,W}",
+                        help="weight of the first teacher: s of each video, one half, or a number "
+                        "from 0 to 1 for all videos")
+    parser.add_argument("--name", default="student", help="the checkpoint is OUT/NAME.pt")
+    args, device = start(parser, "student", argv)
     if len(set(args.teachers)) != len(args.teachers) or len(args.teachers) > 2:
         raise UserError("--teachers takes one or two different checkpoints, or none")
     saved_teachers = {}
@@ -50,7 +52,7 @@ def main(argv=None):
     if args.init != "none":
         init = read_checkpoint(find_checkpoint(args.init, args.pretrained or args.out), [
             "pretrain_inv", "pretrain_dist", "finetune", "student", None])
-    settle_arguments(args, "student", saved_teachers, inherited=[
+    settle(parser, "student", args, saved_teachers, inherited=[
         "data", "root", "split", "pool", "arch", "size", "frames", "stride", "percent",
         "labeled_list", "subset_seed"])
 
@@ -66,16 +68,16 @@ def main(argv=None):
     student = build_model(args.arch, len(videos.classes))
     if init is not None:
         start_from(student, args.init, init)
-    state = State("student", args.name, args, student, videos, device, labeled)
+    pools = [Pool(labeled, args.batch, cycle=True)]
+    if saved_teachers:  # the unlabelled videos come first
+        pools.insert(0, Pool(unlabeled, args.batch, cycle=False))
+    batches = Batches(videos, pools, args.frames, seed, args, device, steps)
+    state = State("student", args.name, args, student, batches, device, labeled)
     if state.finished:
         return
     teachers = [load_classifier(saved, device) for saved in saved_teachers.values()]
     score = score_videos(args.reweight, saved_teachers, videos.names())  # s of every video, (N,)
-    pools = [Pool(labeled, args.batch, cycle=True)]
-    if teachers:  # the unlabelled videos come first
-        pools.insert(0, Pool(unlabeled, args.batch, cycle=False))
-    batches = Batches(videos, pools, args.frames, seed, args, device, steps)
-    meter = Meter(state, batches, args, device)
+    meter = Meter(state, batches)
 
     for epoch in range(state.epoch, args.epochs):
         warm_up(state.optimizer, args.lr, epoch, args.warmup)
@@ -100,11 +102,11 @@ def main(argv=None):
                 l_unsup = on_unlabeled + 0.5 * on_labeled  # Eq. 8
                 loss = l_sup + args.omega * l_unsup  # Eq. 2
                 terms |= {"l_unsup": on_unlabeled, "l_unsup_labeled": on_labeled, **agreement}
-            state.update(loss, batch.learn)
+            state.update(loss)
             meter.add(len(x), loss=loss, **terms)
         means = meter.means()
         if epoch >= args.warmup:
-            state.plateau.step(means["loss"])  # halves the learning rate on a plateau
+            state.scheduler.step(means["loss"])  # halves the learning rate on a plateau
         state.end_epoch(means)  # log, checkpoint
 
     state.finish()
