@@ -1361,6 +1361,9 @@ def command(main):
         except UserError as error:
             status = error.status
             complain(error)
+        except PermissionError as error:
+            status = 2
+            complain(f"{error.filename}: {error.strerror}")
         except torch.cuda.OutOfMemoryError as error:
             status = 2
             complain("out of GPU memory: try --checkpointing, or a smaller --batch or --size "
