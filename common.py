@@ -755,10 +755,10 @@ def to_input(clips, model):
 
 
 # ---- Lists of videos, and which of them have labels ----------------------------------------------
-SUFFIXES = tuple((  # what cameras and the web write, and FFmpeg reads
-    ".3g2 .3gp .asf .avi .dav .divx .dv .f4v .flv .gif .h264 .hevc .m2t .m2ts .m2v .m4v .mjpeg "
-    ".mjpg .mkv .mod .mov .mp4 .mpe .mpeg .mpg .mts .mxf .ogm .ogv .qt .rm .rmvb .tod .ts .vob "
-    ".webm .wmv").split())
+SUFFIXES = tuple("""
+    .3g2 .3gp .asf .avi .dav .divx .dv .f4v .flv .gif .h264 .hevc .m2t .m2ts .m2v .m4v .mjpeg .mjpg
+    .mkv .mod .mov .mp4 .mpe .mpeg .mpg .mts .mxf .ogm .ogv .qt .rm .rmvb .tod .ts .vob .webm .wmv
+    """.split())  # what cameras and the web write, and FFmpeg reads
 HIDDEN = (".", "@", "#recycle", "#snapshot", "$RECYCLE", "__MACOSX", "lost+found")  # such folders
 TREES = {  # videos, and lists or test videos, under --root
     "ucf101": ("UCF-101/<Class>/*.avi", "ucfTrainTestlist/*.txt"),
@@ -819,10 +819,9 @@ def read_videos(data, root, train, split=1, pool="train"):
         folder, classes, class_of = read_folders(data, root, train)
     if not class_of:
         raise wrong_tree(data, root, f"no {'training' if train else 'test'} videos")
-    on_disk = set()
-    for parent in {os.path.dirname(name) for name in class_of}:
-        if os.path.isdir(folder / parent):
-            on_disk |= {os.path.join(parent, f) for f in sum(list_folder(folder / parent), [])}
+    parents = {os.path.dirname(name) for name in class_of}
+    on_disk = {os.path.join(parent, file) for parent in parents if os.path.isdir(folder / parent)
+               for file in sum(list_folder(folder / parent), [])}
     if missing := sorted(class_of.keys() - on_disk):
         problem = (f"{len(missing)} of {len(class_of)} listed videos are not in {folder}, such as "
                    + missing[0])
@@ -838,11 +837,9 @@ def read_videos(data, root, train, split=1, pool="train"):
 
 def wrong_tree(data, root, problem):
     """The error in one line: what is missing, what the tree should be, what the folder holds."""
-    names = sum(list_folder(root), []) if os.path.isdir(root) else []
-    found = []  # the first path below each
-    for top in (root / name for name in names[:5]):
-        found.append(next(itertools.chain(top.glob("*/*"), top.glob("*"), [top])))
-    held = ", ".join(os.path.relpath(path, root) for path in found) + ", ..." * (len(names) > 5)
+    tops = [root / name for name in sum(list_folder(root), [])] if os.path.isdir(root) else []
+    found = [next(itertools.chain(top.glob("*/*"), top.glob("*"), [top])) for top in tops[:5]]
+    held = ", ".join(os.path.relpath(path, root) for path in found) + ", ..." * (len(tops) > 5)
     return UserError(f"{root}: {problem}; expected {' and '.join(TREES[data])}, "
                      f"found {held or 'nothing'}")
 
@@ -973,8 +970,7 @@ def read_labeled_list(path, videos):
 
     known = {}
     for i in np.flatnonzero(videos.labels >= 0).tolist():
-        file = os.path.basename(videos.name(i))
-        for key in keys(f"{videos.classes[videos.labels[i]]}/{file}"):
+        for key in keys(videos.name(i)):
             known.setdefault(key, set()).add(i)
     chosen = set()
     absent = []
