@@ -163,7 +163,8 @@ class TestOfficialLists:
         assert len(rows(tmp_path / "labeled.txt")) == count
 
     def test_kinetics400_is_read_from_class_folders(self, real_splits, tmp_path):
-        """Copies mix formats; five listed videos are not there."""
+        """Copies mix formats; files may be links, as arrange_by_classes.py makes them. Five listed
+        videos are not there."""
         path = real_splits / "videossl/kinetics400/kinetics400_train_1_percent_labeled_videos.txt"
         names = []
         for i, line in enumerate(rows(path)):
@@ -171,7 +172,10 @@ class TestOfficialLists:
             suffix = (".mkv", ".webm", ".mp4")[i % 3]
             names.append(f"{label.replace('_', ' ')}/{name[:-4]}{suffix}")
         stand_in(tmp_path / "train", names[5:])
-        stand_in(tmp_path / "val", [*names[:5], "baking cookies/-dash.mp4"])
+        stand_in(tmp_path / "val", [*names[:5], "baking cookies/x.mp4"])
+        link = tmp_path / "val/baking cookies/-dash.mp4"
+        (tmp_path / "val/baking cookies/x.mp4").rename(tmp_path / "x.mp4")
+        link.symlink_to(tmp_path / "x.mp4")
         train = tb.read_videos("kinetics400", tmp_path, True)
         test = tb.read_videos("kinetics400", tmp_path, False)
         assert len(train) == len(set(names)) - 5 and len(test) == 6
