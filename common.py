@@ -9,7 +9,6 @@ a run of many days needs: it knows of ranks, checkpoints and command lines."""
 
 import argparse
 import contextlib
-import csv
 import ctypes
 import functools
 import hashlib
@@ -27,7 +26,7 @@ import sys
 import time
 import warnings
 import zipfile
-from collections import Counter, OrderedDict, namedtuple
+from collections import OrderedDict, namedtuple
 from datetime import timedelta
 from pathlib import Path
 
@@ -813,8 +812,18 @@ def to_input(clips, model):
 
 
 # ---- Lists of videos, and which of them have labels ----------------------------------------------
-SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm",
-            ".wmv")
+SUFFIXES = tuple("""
+    .3g2 .3gp .asf .avi .dav .divx .dv .f4v .flv .gif .h264 .hevc .m2t .m2ts .m2v .m4v .mjpeg .mjpg
+    .mkv .mod .mov .mp4 .mpe .mpeg .mpg .mts .mxf .ogm .ogv .qt .rm .rmvb .tod .ts .vob .webm .wmv
+    """.split())  # what cameras and the web write, and FFmpeg reads
+HIDDEN = (".", "@", "#recycle", "#snapshot", "$RECYCLE", "__MACOSX", "lost+found")  # such folders
+TREES = {  # videos, and lists or test videos, under --root
+    "ucf101": ("UCF-101/<Class>/*.avi", "ucfTrainTestlist/*.txt"),
+    "hmdb51": ("hmdb51_org/<class>/*.avi", "testTrainMulti_7030_splits/*.txt"),
+    "kinetics400": ("train/<class>/*", "val/<class>/*"),
+    "folder": ("train/<class>/*", "test/<class>/*"),
+}
+TREES["toy"] = TREES["ucf101"]
 
 
 class Videos:
@@ -841,72 +850,55 @@ class Videos:
     def path(self, i):
         return os.path.join(self.folder, self.name(i))
 
-    def hide_labels(self, keep=()):
+    def mask_labels(self, keep=()):
         """The label firewall: overwrites all labels but those of `keep`, so that no later code can
         read them."""
         self.labels[np.setdiff1d(np.arange(len(self)), keep)] = -1
 
 
 def read_videos(data, root, train, split=1, pool="train"):
-    """The training or test videos of a data set as it lies on disk (the README shows the trees),
-    all labels known.
+    """The training or test videos of a data set as it lies on disk (TREES), all labels known.
 
     pool: of hmdb51's training videos, "train" for those of the split, "all" for every one that is
     not a test video. Of `folder`, what lies under unlabeled/ is among the training videos, with
     label -1. UserError if the lists or over 5 % of the videos that they name are missing."""
     root = Path(root)
-    check_tree(data, root)
+    needed = [part.split("/")[0] for part in TREES[data]]
+    if train and needed[0] == "train":
+        del needed[1]
+    if missing := [name for name in needed if not os.path.isdir(root / name)]:
+        raise wrong_tree(data, root, f"no {' and no '.join(missing)}")
     if data == "hmdb51":
         folder, classes, class_of = read_hmdb51(root, train, split, pool)
     elif data in ("ucf101", "toy"):
         folder, classes, class_of = read_ucf101(root, train, split)
     else:
         folder, classes, class_of = read_folders(data, root, train)
-    names = without_missing(list(class_of), folder)
-    if not names:
-        raise UserError(f"{folder}: no {'training' if train else 'test'} videos")
-    class_number = {c: k for k, c in enumerate(classes)}
-    labels = [class_number.get(class_of[name], -1) for name in names]
-    if data != "folder" and -1 in labels:
-        raise UserError(f"{names[labels.index(-1)]}: listed, but its class is not")
-    return Videos(folder, names, labels, classes)
+    if not class_of:
+        raise wrong_tree(data, root, f"no {'training' if train else 'test'} videos")
+    parents = {os.path.dirname(name) for name in class_of}
+    on_disk = {os.path.join(parent, file) for parent in parents if os.path.isdir(folder / parent)
+               for file in sum(list_folder(folder / parent), [])}
+    if missing := sorted(class_of.keys() - on_disk):
+        problem = (f"{len(missing)} of {len(class_of)} listed videos are not in {folder}, such as "
+                   + missing[0])
+        if len(missing) > 0.05 * len(class_of):
+            raise wrong_tree(data, root, problem)
+        warnings.warn(problem)
+    names = [name for name in class_of if name in on_disk]
+    number = {None: -1} | {c: k for k, c in enumerate(classes)}
+    if unknown := sorted(set(class_of.values()) - number.keys()):
+        raise UserError(f"{root}: videos are listed of {unknown[0]}, but this class is not")
+    return Videos(folder, names, [number[class_of[name]] for name in names], classes)
 
 
-TREES = {  # the folders that a root must hold, if not "train": videos, lists
-    "toy": ("UCF-101", "ucfTrainTestlist"),
-    "ucf101": ("UCF-101", "ucfTrainTestlist"),
-    "hmdb51": ("hmdb51_org", "testTrainMulti_7030_splits"),
-}
-UNPACK = {".rar": "unrar x -o- $f {}/", ".zip": "unzip -n $f -d {}", ".tar.gz": "tar xf $f -C {}"}
-
-
-def check_tree(data, root):
-    """UserError unless the root holds the data set's folders."""
-    needed = TREES.get(data, ("train",))
-    missing = [name for name in needed if not (root / name).is_dir()]
-    if not missing:
-        return
-    found = list_folder(root)
-    mend = ""
-    if (root / needed[-1]).is_dir() and any(list_videos(root / name) for name in found):
-        mend = f"ln -s . {root / needed[0]}"  # the folders of the classes lie in the root
-    for folder in (root.parent, *map(root.joinpath, found)):
-        if all((folder / name).is_dir() for name in needed):
-            mend = f"give --root {folder}"
-    raise UserError(f"{root} has no {' and no '.join(missing)}; {it_holds(root, mend)}")
-
-
-def it_holds(folder, mend=""):
-    """The end of an error: what a folder holds, and the command that mends it."""
-    names = list_folder(folder)
-    commands = []
-    for suffix, command in UNPACK.items():
-        if any(name.endswith(suffix) for name in names):
-            commands.append(f"for f in {folder}/*{suffix}; do {command.format(folder)}; done")
-    if folder.name in names:  # unpacked a level too deep
-        commands.append(f"mv {folder}/{folder.name}/* {folder}")
-    mend = mend or "; ".join(commands) or "the README shows the tree"
-    return f"it holds {', '.join(names[:3]) or 'nothing'}: {mend}"
+def wrong_tree(data, root, problem):
+    """The error in one line: what is missing, what the tree should be, what the folder holds."""
+    tops = [root / name for name in sum(list_folder(root), [])] if os.path.isdir(root) else []
+    found = [next(itertools.chain(top.glob("*/*"), top.glob("*"), [top])) for top in tops[:5]]
+    held = ", ".join(os.path.relpath(path, root) for path in found) + ", ..." * (len(tops) > 5)
+    return UserError(f"{root}: {problem}; expected {' and '.join(TREES[data])}, "
+                     f"found {held or 'nothing'}")
 
 
 def read_ucf101(root, train, split):
@@ -924,7 +916,8 @@ def read_hmdb51(root, train, split, pool):
     lists = root / "testTrainMulti_7030_splits"
     ending = f"_test_split{split}.txt"
     codes = "2" if not train else "1" if pool == "train" else "01"
-    classes = [f.removesuffix(ending) for f in list_folder(lists) if f.endswith(ending)]
+    _, _, files = list_folder(lists)
+    classes = [f.removesuffix(ending) for f in files if f.endswith(ending)]
     class_of = {}
     for c in classes:
         for row in read_lines(lists / (c + ending)):
@@ -935,96 +928,71 @@ def read_hmdb51(root, train, split, pool):
 
 
 def read_folders(data, root, train):
-    """Folder of the videos, classes, and {name: class}, where every class is a folder; or Kinetics
-    as k400_extractor.sh leaves it, without such folders."""
-    subset = "train" if train else "val" if data == "kinetics400" else "test"
-    classes = subfolders(root / "train")
-    class_of = {}
-    if data == "kinetics400" and not classes and list_videos(root / "train"):
-        classes = sorted(set(read_kinetics_labels(root, "train").values()))
-        label_of = read_kinetics_labels(root, subset)
-        files = list_videos(root / subset)
-        class_of = {f"{subset}/{f}": label_of[f[:11]] for f in files if f[:11] in label_of}
-        if len(class_of) < len(files):
-            warnings.warn(f"{len(files) - len(class_of)} of {len(files)} videos in {root / subset} "
-                          f"are in no row of {subset}.csv, left out")
-    for c in classes:
-        for file in list_videos(root / subset / c):
-            class_of[f"{subset}/{c}/{file}"] = c
-    if odd := set(subfolders(root / subset)) - set(classes):
-        warnings.warn(f"{root / subset} has classes that {root / 'train'} has not, left out: "
-                      + ", ".join(sorted(odd)))
-    if data == "folder" and train:
-        for path in walk_videos(root / "unlabeled"):
-            class_of[os.path.relpath(path, root)] = None
-    if not class_of:
-        raise UserError(f"{root / subset}: no {'training' if train else 'test'} videos; "
-                        f"{it_holds(root / subset)}")
+    """Folder of the videos, classes, and {name: class}, where every class is a folder; the class of
+    what lies under unlabeled/ is None."""
+    class_of = read_class_folders(root, "train", list_folder(root / "train")[0])
+    classes = sorted(set(class_of.values()))
+    if not train:
+        class_of = read_class_folders(root, "val" if data == "kinetics400" else "test", classes)
+    elif data == "folder" and os.path.isdir(root / "unlabeled"):
+        unlabeled = walk_videos(root / "unlabeled")
+        class_of |= {os.path.relpath(path, root): None for path in unlabeled}
+        if not unlabeled:
+            warnings.warn(f"{root / 'unlabeled'}: no video in it")
     return root, classes, class_of
 
 
-def read_kinetics_labels(root, subset):
-    """{id, the first eleven letters of a file's name: label}, from annotations/*.csv."""
-    table = root / "annotations" / f"{subset}.csv"
-    rows = list(csv.DictReader(read_lines(table))) if table.exists() else []
-    if not rows or not {"label", "youtube_id"} <= rows[0].keys():
-        raise UserError(
-            f"{root / subset} has no folders of classes, and {table} no columns label and "
-            f"youtube_id: mkdir -p {table.parent}; wget -O {table} "
-            f"https://s3.amazonaws.com/kinetics/400/annotations/{subset}.csv")
-    return {row["youtube_id"]: row["label"] for row in rows}
+def read_class_folders(root, subset, classes):
+    """{name: class} of the videos in root/subset/<class>/."""
+    names = [os.path.relpath(path, root) for path in walk_videos(root / subset, deep=False)]
+    class_of = {name: c for name in names if (c := name.split("/")[1]) in classes}
+    folders, loose, _ = list_folder(root / subset)
+    odd = sorted({*folders, *loose} - set(class_of.values()))
+    if class_of and odd:
+        warnings.warn(f"{root / subset}: left out, as without a video or not a class of train/: "
+                      + ", ".join(odd[:9]) + ", ..." * (len(odd) > 9))
+    return class_of
 
 
-def without_missing(names, folder):
-    """The listed videos that are on disk; UserError if over 5 % are not."""
-    present = {}
-    for parent in {os.path.dirname(name) for name in names}:
-        if (folder / parent).is_dir():
-            present[parent] = set(os.listdir(folder / parent))
-    missing = [n for n in names if os.path.basename(n) not in present.get(os.path.dirname(n), ())]
-    if not missing:
-        return names
-    report = (f"{len(missing)} of {len(names)} listed videos are not in {folder}, such as "
-              + ", ".join(missing[:3]))
-    if len(missing) > 0.05 * len(names):
-        raise UserError(f"{report}; {it_holds(folder)}")
-    warnings.warn(report)
-    return sorted(set(names) - set(missing))
-
-
-def subfolders(folder):
-    entries = os.scandir(folder) if os.path.isdir(folder) else ()
-    return sorted(e.name for e in entries if e.is_dir())
+def walk_videos(folder, deep=True):
+    """The paths of the video files in a folder and below it, sorted; if not deep, of those in the
+    folder and in its folders. Linked folders are followed, but none is read twice."""
+    seen = {str(above) for above in Path(os.path.realpath(folder)).parents}
+    folders, paths, left_out = [folder], [], []
+    for here in folders:  # which grows
+        if (real := os.path.realpath(here)) not in seen:
+            seen.add(real)
+            below, videos, others = list_folder(here)
+            if deep or here == folder:
+                folders += [os.path.join(here, name) for name in below]
+            paths += [os.path.join(here, name) for name in videos]
+            left_out += others
+    if paths and left_out:
+        endings = sorted({os.path.splitext(name)[1].lower() or "no ending" for name in left_out})
+        warnings.warn(f"{folder}: {len(left_out)} other files left out: {', '.join(endings)}")
+    return sorted(paths)
 
 
 def list_folder(folder):
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder (--root must hold the data set as the README "
-                        "shows it)")
-    return sorted(os.listdir(folder))
+    """Sorted names of the folders, the video files and the other files in a folder, without hidden
+    ones; UserError if it cannot be read."""
+    def refuse(error):
+        raise UserError(f"{folder}: {error.strerror}")
+
+    _, folders, files = next(os.walk(folder, onerror=refuse))
+    folders = sorted(name for name in folders if not name.startswith(HIDDEN))
+    files = sorted(name for name in files if not name.startswith("."))
+    videos = [name for name in files if name.lower().endswith(SUFFIXES)]
+    return folders, videos, [name for name in files if not name.lower().endswith(SUFFIXES)]
 
 
 def read_lines(path):
     """The lines of a text file, without white space around them and without the empty ones."""
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             return [line.strip() for line in file if line.strip()]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-
-
-def list_videos(folder):
-    """The names of the video files in a folder, sorted; none if there is no such folder."""
-    entries = os.scandir(folder) if os.path.isdir(folder) else ()
-    return sorted(e.name for e in entries if e.name.lower().endswith(SUFFIXES) and e.is_file())
-
-
-def walk_videos(folder):
-    """The paths of the video files in a folder and below it, sorted."""
-    paths = []
-    for top, _, _ in os.walk(folder):
-        paths += [os.path.join(top, name) for name in list_videos(top)]
-    return sorted(paths)
 
 
 def labeled_subset(names, labels, percent, seed=0):
@@ -1052,48 +1020,39 @@ def labeled_subset(names, labels, percent, seed=0):
 def read_labeled_list(path, videos):
     """The videos of a published list of labelled videos -> sorted ids.
 
-    A line is a path, perhaps without its ending, and up to two numbers behind it (frames, label).
-    Class and file come from the path: classes compare without blanks and underscores, files without
-    their endings. Labels are not trusted, lists number classes in different ways; rows that
-    contradict the rest of their class's are counted."""
-    def key(name):
+    A row is a path and up to two numbers, which are ignored: lists number classes in different
+    ways. Its class folder and file name are compared as they are, then without the file's ending,
+    then without the class's case, blanks and underscores. UserError if a row fits two videos."""
+    def keys(name):
         folder, file = os.path.split(name)
-        stem = file[:file.rfind(".")] if file.lower().endswith(SUFFIXES) else file
-        return os.path.basename(folder).replace(" ", "").replace("_", "").lower(), stem
+        c = os.path.basename(folder)
+        stem = os.path.splitext(file)[0] if file.lower().endswith(SUFFIXES) else file
+        return (0, c, file), (1, c, stem), (2, c.replace(" ", "").replace("_", "").lower(), stem)
 
     known = {}
     for i in np.flatnonzero(videos.labels >= 0).tolist():
-        file = os.path.basename(videos.name(i))
-        known[key(f"{videos.classes[videos.labels[i]]}/{file}")] = i
-
-    def match(line):
-        """The id of a line's video and the last number behind it, if there are such."""
-        for numbers in (2, 1, 0):
-            name, *behind = line.rsplit(maxsplit=numbers)
-            if key(name) in known and all(word.isdecimal() for word in behind):
-                return known[key(name)], behind[-1] if behind else None
-        return None
-
-    found = set()
+        for key in keys(videos.name(i)):
+            known.setdefault(key, set()).add(i)
+    chosen = set()
     absent = []
-    given = {}  # class: the labels that the list gives its videos
-    for line in read_lines(path):
-        matched = match(line)
-        if matched is None:
-            absent.append(line)
-            continue
-        video, label = matched
-        found.add(video)
-        given.setdefault(videos.labels[video], []).append(label)
-    odd = sum(len(each) - Counter(each).most_common(1)[0][1] for each in given.values())
-    if odd:
-        warnings.warn(f"{path}: the label of {odd} rows contradicts the other rows of their class; "
-                      "paths are used")
+    for row in read_lines(path):
+        readings = [row.rsplit(maxsplit=n) for n in range(3)]  # a number may belong to the name
+        names = [name for name, *numbers in readings if all(map(str.isdecimal, numbers))]
+        for same in zip(*map(keys, names)):
+            fits = set().union(*(known.get(key, ()) for key in same))
+            if fits:
+                break
+        if len(fits) > 1:
+            raise UserError(f"{path}: {row} fits {' and '.join(videos.name(i) for i in fits)}: "
+                            "write the class and the file as they are on disk")
+        chosen |= fits
+        if not fits:
+            absent.append(row)
     if absent:
         warnings.warn(f"{path}: {len(absent)} rows name no training video, such as {absent[0]}")
-    if not found:
+    if not chosen:
         raise UserError(f"{path}: names no video of this data set")
-    return np.array(sorted(found), np.int64)
+    return np.array(sorted(chosen), np.int64)
 
 
 # ---- Distributed: from here on there are ranks, arguments and checkpoints ------------------------
@@ -1317,6 +1276,9 @@ def command(main):
         except UserError as error:
             status = error.status
             complain(error)
+        except PermissionError as error:
+            status = 2
+            complain(f"{error.filename}: {error.strerror}")
         except torch.cuda.OutOfMemoryError as error:
             status = 2
             complain("out of GPU memory: try --checkpointing, or a smaller --batch or --size "
@@ -1348,7 +1310,7 @@ def autocast(args, device):
 def training_videos(args):
     """The training videos of --data, all labels hidden."""
     videos = read_training_videos(args)
-    videos.hide_labels()
+    videos.mask_labels()
     return videos
 
 
@@ -1364,7 +1326,7 @@ def labeled_and_all_videos(args, teachers={}):
         labeled = read_labeled_list(args.labeled_list, videos)
     else:
         labeled = labeled_subset(videos.names(), videos.labels, args.percent, args.subset_seed)
-    videos.hide_labels(keep=labeled)
+    videos.mask_labels(keep=labeled)
     if not teachers:
         report_labeled(videos, labeled, args.out)
     return labeled, videos
@@ -1490,19 +1452,27 @@ def paint_toy(square, length, pattern, colour, scene):
 
 def render_toy(root, train=400, test=200, seed=0):
     """Write the toy videos as MPEG-4 files in UCF101's layout, unless toy.json says that all are
-    there.
+    there; UserError if the folder holds anything else.
 
     The frames depend on the seed alone. Every file is complete or absent, so what was begun is
     finished."""
     root = Path(root)
     done = root / "toy.json"
     settings = {"version": 2, "train": train, "test": test, "seed": seed}
-    if done.exists():
+    if os.path.exists(done):
         if json.loads(done.read_text())["version"] != settings["version"]:
             raise UserError(f"{root} holds toy videos of another version: remove it or choose "
                             "another --root")
         return
     classes = [*TOY_PATTERNS, *TOY_MOVES]
+    held = sum(list_folder(root), []) if os.path.exists(root) else []
+    begun = list_folder(root / "UCF-101")[0] if "UCF-101" in held else []
+    if begun and set(begun) <= set(classes):  # rendering was interrupted
+        held = [name for name in held if name not in ("UCF-101", "ucfTrainTestlist")]
+    if held:
+        meant = [name for name, (_, part) in TREES.items() if part.split("/")[0] in held]
+        raise UserError(f"{root} holds {held[0]}{'/' * os.path.isdir(root / held[0])}: --data "
+                        f"{(meant or ['folder'])[0]}? Toy videos need an empty --root")
     names = []
     for i in tqdm(range(train + test), desc=f"rendering toy videos into {root}", disable=None):
         k, label = divmod(i, len(classes))
