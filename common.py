@@ -1937,6 +1937,11 @@ class Meter:
         if unreadable:
             names = sorted(map(self.batches.videos.name, unreadable))
             print0("cannot be decoded:", ", ".join(names))
+        videos = self.state.step * self.batches.share * world_size()
+        if self.state.epoch == 0 and sums["short"] > videos / 2:
+            warnings.warn(f"{sums['short']:.0f} of {videos} videos have fewer frames than the "
+                          f"{self.batches.span} that a step takes of each, so they are played in "
+                          "slow motion: give smaller --frames, --stride or --clips")
         return {
             **{name: sums[name] / self.state.step for name in self.names},
             "lr": self.state.optimizer.param_groups[0]["lr"],
@@ -1981,19 +1986,19 @@ class Meter:
 WARM_UP_STEPS = 5  # of --benchmark
 
 
-def beside_chance(means, levels, last):
-    """The means of an epoch, each loss of `levels` beside its level of chance: that of a network to
-    which all clips look alike, the logarithm of the number of candidates. A warning if the last
-    epoch ends within 5 % of it."""
+def beside_chance(means, levels, state):
+    """The means of an epoch, each loss of `levels` and its value at chance: that of a network to
+    which all clips look alike, the logarithm of the number of candidates. A warning if the run ends
+    within 5 % of it."""
     numbers = {}
     for name, value in means.items():
         numbers[name] = value
         if name in levels:
             numbers[f"{name}_chance"] = levels[name]
-            if last and value > 0.95 * levels[name]:
-                warnings.warn(f"{name} ends at {value:.3f}, chance is {levels[name]:.3f}: stage 1 "
-                              "has learnt nothing. It needs more steps: more --epochs, or a "
-                              "smaller --batch")
+            if not state.steps_left() and value > 0.95 * levels[name]:
+                warnings.warn(f"{name} {value:.3f} is still at chance ({levels[name]:.3f}) after "
+                              f"{state.steps_done()} steps; on real videos this can last some thousand "
+                              "steps: more --epochs, or a smaller --batch")
     return numbers
 
 
@@ -2169,24 +2174,40 @@ def nearest_neighbours(backbone, videos, ids, args, device):
     """The share of the videos `ids` whose nearest other one is of the same class: what the features
     of stage 1 know of the classes, before a label has trained them.
 
-    By the cosine of features, mean over time, of the clip in the middle of each. Of more than 2,000
-    videos it takes every second, third, ..."""
+    By the cosine of features, mean over time, of the clip in the middle of each video. ids: of
+    videos whose class has at least two among them."""
     def features(frames):
         clips = [centre_crop(video, args.size) for video in frames]
         with autocast(args, device):
             return backbone.features(to_input(clips, backbone)).float().mean(2)
 
-    ids = ids[::math.ceil(len(ids) / 2000)]
     names = [videos.name(i) for i in ids]
     some = Videos(videos.folder, names, videos.labels[ids], videos.classes)
     span = functools.partial(spaced_clips, clips=1, frames=args.frames, stride=args.stride)
-    backbone.eval()
+    backbone.to(device, memory_format=torch.channels_last_3d).eval()
     rows, _ = map_videos(features, some, span, args.batch, args.size, args.workers, device,
                          "neighbours")
     z = torch.stack(list(rows.values()))
     labels = some.labels[list(rows)]
     nearest = cosine_similarity(z, z).fill_diagonal_(-torch.inf).argmax(1)
     return float((labels[nearest] == labels).mean())
+
+
+def report_neighbours(model, videos, labeled, args, device):
+    """Print nearest_neighbours of a model beside those of an untrained one and chance."""
+    counts = np.bincount(videos.labels[labeled])
+    ids = labeled[counts[videos.labels[labeled]] > 1]  # one alone in its class can have no match
+    ids = ids[::max(1, len(ids) // 2000)]
+    counts = np.bincount(videos.labels[ids])
+    if len(ids) < 2:
+        return
+    untrained = build_model(args.arch, len(videos.classes))
+    trained = nearest_neighbours(model, videos, ids, args, device)
+    untrained = nearest_neighbours(untrained, videos, ids, args, device)
+    chance = (counts * (counts - 1)).sum() / len(ids) / (len(ids) - 1)
+    print0(f"{args.init}: the nearest other labelled video is of the same class for "
+           f"{100 * trained:.1f} % of {len(ids)} videos; of an untrained network for "
+           f"{100 * untrained:.1f} %, at chance for {100 * chance:.1f} %")
 
 
 def paired_similarity(teachers):
@@ -2422,6 +2443,9 @@ def settle(parser, stage, args, checkpoints={}, inherited=()):
     if args.device == "cpu" and args.precision == "bf16" and (large_r3d or not has_bf16("cpu")):
         raise UserError(f"{args.arch} at --size {args.size} needs --precision fp32 on this CPU: "
                         "oneDNN's gradients in bf16 are wrong there")
+    if args.warmup >= args.epochs:
+        warnings.warn(f"--warmup {args.warmup} is not shorter than --epochs {args.epochs}: the "
+                      "learning rate stays low; give a smaller --warmup")
     if args.batch % world_size():
         raise UserError(f"--batch {args.batch} cannot be shared among {world_size()} processes: "
                         "choose a multiple")

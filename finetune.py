@@ -14,8 +14,8 @@ from pathlib import Path
 
 from common import (
     WEAK, Batches, Meter, Parser, Pool, State, augment_clips, autocast, build_model, command, draw,
-    find_checkpoint, labeled_and_all_videos, nearest_neighbours, print0, read_checkpoint, seed_of,
-    settle, shared_arguments, start, start_from, to_input, warm_up)  # before torch
+    find_checkpoint, labeled_and_all_videos, read_checkpoint, report_neighbours, seed_of, settle,
+    shared_arguments, start, start_from, to_input, warm_up)  # before torch
 
 import torch
 import torch.nn.functional as F
@@ -58,9 +58,7 @@ def finetune(args, saved, labeled, videos, device):
     if state.finished:
         return
     if similarity and state.epoch == state.step == 0:
-        share = nearest_neighbours(model, videos, labeled, args, device)
-        print0(f"{args.init}: the nearest other labelled video is of the same class for "
-               f"{100 * share:.1f} %, at random for about {100 / len(videos.classes):.1f} %")
+        report_neighbours(model, videos, labeled, args, device)
     meter = Meter(state, batches)
 
     for epoch in range(state.epoch, args.epochs):
@@ -74,7 +72,8 @@ def finetune(args, saved, labeled, videos, device):
                 logits = state.net(to_input(clips, model))  # (b, classes)
             loss = F.cross_entropy(logits.float(), y)  # L_sup, Eq. 4
             state.update(loss)
-            meter.add(len(clips), loss=loss, accuracy=(logits.argmax(1) == y).float().mean())
+            accuracy = (logits.argmax(1) == y).float().mean()
+            meter.add(len(clips), loss=loss, train_accuracy=accuracy)
         means = meter.means()
         if epoch >= args.warmup:
             state.scheduler.step(means["loss"])  # halves the learning rate on a plateau

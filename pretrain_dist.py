@@ -15,8 +15,8 @@ import math
 from common import (
     Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment_clips, autocast,
     beside_chance, build_model, command, count_time_steps, distinctive_loss, draw, invariant_loss,
-    measure_similarity, ranged, seed_of, settle, shared_arguments, start, to_input,
-    training_videos, unpooled_distinctive_loss, warm_up)  # before torch
+    measure_similarity, ranged, read_checkpoint, seed_of, settle, shared_arguments, start,
+    start_from, to_input, training_videos, unpooled_distinctive_loss, warm_up)  # before torch
 
 import torch
 
@@ -28,6 +28,8 @@ def main(argv=None):
                         help="tau of Eq. 3")
     parser.add_argument("--invariant-weight", type=ranged(float, 0), default=0.0, metavar="X",
                         help="add X times the invariant loss of stage 1a")
+    parser.add_argument("--init", metavar="FILE", help="start from these weights, public ones or a "
+                        "checkpoint, instead of random ones")
     parser.add_argument("--name", help="the checkpoint is OUT/NAME.pt (default: dist, or both with "
                         "--invariant-weight)")
     args, device = start(parser, "pretrain", argv)
@@ -37,12 +39,15 @@ def main(argv=None):
     time_steps = count_time_steps(args.arch, args.frames, args.size)
     if time_steps % n:
         raise UserError(f"--frames {args.frames} leave {time_steps} time steps in the features of "
-                        f"{args.arch}, which L_D2 cannot cut into --clips {n} equal slices")
+                        f"{args.arch}, which L_D2 cannot cut into --clips {n} equal slices: give "
+                        f"another number of --clips or --frames, or --arch slow_r50")
 
     videos = training_videos(args)
     seed = seed_of("pretrain_dist", args.seed)
     torch.manual_seed(seed)
     embedder = Embedder(build_model(args.arch, len(videos.classes)))
+    if args.init:
+        start_from(embedder.backbone, args.init, read_checkpoint(args.init))
     everyone = Pool(range(len(videos)), args.batch, cycle=False)
     batches = Batches(videos, [everyone], n * args.frames, seed, args, device)
     state = State("pretrain_dist", args.name, args, embedder, batches, device)
@@ -89,7 +94,7 @@ def main(argv=None):
         if epoch >= args.warmup:
             state.scheduler.step(means["loss"])  # halves the learning rate on a plateau
         chance = {"l_d1": math.log(2 * n - 1), "l_d2": math.log(n)}
-        means = beside_chance(means, chance, epoch + 1 == args.epochs)
+        means = beside_chance(means, chance, state)
         state.end_epoch(means)  # log, checkpoint
 
     state.finish(measure_similarity(embedder, videos, args, device))  # Algorithm 1, line 16

@@ -13,8 +13,9 @@ import math
 
 from common import (
     Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment_clips, autocast,
-    beside_chance, build_model, command, draw, invariant_loss, measure_similarity, ranged, seed_of,
-    settle, shared_arguments, start, to_input, training_videos, warm_up)  # before torch
+    beside_chance, build_model, command, draw, invariant_loss, measure_similarity, ranged,
+    read_checkpoint, seed_of, settle, shared_arguments, start, start_from, to_input,
+    training_videos, warm_up)  # before torch
 
 import torch
 
@@ -24,6 +25,8 @@ def main(argv=None):
     parser = Parser(__doc__, parents=[shared_arguments("pretrain")])
     parser.add_argument("--temperature", type=ranged(float, 1e-3), default=0.1, metavar="X",
                         help="tau of Eq. 1")
+    parser.add_argument("--init", metavar="FILE", help="start from these weights, public ones or a "
+                        "checkpoint, instead of random ones")
     parser.add_argument("--name", default="inv", help="the checkpoint is OUT/NAME.pt")
     args, device = start(parser, "pretrain", argv)
     settle(parser, "pretrain", args)
@@ -34,6 +37,8 @@ def main(argv=None):
     seed = seed_of("pretrain_inv", args.seed)
     torch.manual_seed(seed)
     embedder = Embedder(build_model(args.arch, len(videos.classes)))
+    if args.init:
+        start_from(embedder.backbone, args.init, read_checkpoint(args.init))
     n = args.clips
     everyone = Pool(range(len(videos)), args.batch, cycle=False)
     batches = Batches(videos, [everyone], n * args.frames, seed, args, device)
@@ -64,7 +69,7 @@ def main(argv=None):
         if epoch >= args.warmup:
             state.scheduler.step(means["loss"])  # halves the learning rate on a plateau
         chance = {"loss": math.log(2 * args.batch - 1)}
-        means = beside_chance(means, chance, epoch + 1 == args.epochs)
+        means = beside_chance(means, chance, state)
         state.end_epoch(means)  # log, checkpoint
 
     state.finish(measure_similarity(embedder, videos, args, device))  # Algorithm 1, line 16

@@ -92,7 +92,8 @@ def main(argv=None):
                 logits = state.net(x)
             p_student = logits.float().softmax(1)
             loss = l_sup = F.cross_entropy(logits[u:].float(), y)  # Eq. 4
-            terms = {"l_sup": l_sup}
+            accuracy = (logits[u:].argmax(1) == y).float().mean()
+            terms = {"l_sup": l_sup, "train_accuracy": accuracy}
             if teachers:
                 s = score[batch.ids].to(device, non_blocking=True)
                 with autocast(args, device):
@@ -139,12 +140,13 @@ def score_videos(reweight, saved_teachers, names):
     known, c_inv, c_dist = paired_similarity(saved_teachers)
     score_of = dict(zip(known, similarity_score(c_inv, c_dist).tolist()))
     if absent := sum(name not in score_of for name in names):
-        print0(f"{absent} videos could not be decoded after stage 1: their teachers count alike")
+        print0(f"{absent} of {len(names)} videos have no similarity from stage 1 (added since, or "
+               "unreadable then): s = 0.5")
     score = torch.tensor([score_of.get(name, 0.5) for name in names])
     print0(f"s of {len(names)} videos: {score.mean():.3f} ± {score.std():.3f}")
     if score.std() < 0.02:
-        warnings.warn("the teachers find all videos alike, so TSTR weighs them alike, as "
-                      f"--reweight {score.mean():.2f} does: has stage 1 learnt anything?")
+        warnings.warn("s is nearly the same for all videos, so TSTR is no better than "
+                      f"--reweight {score.mean():.2f}: has stage 1 trained long enough?")
     return score
 
 
