@@ -2053,12 +2053,11 @@ def read_checkpoint(path, stages=None, with_optimizer=False):
             mapped = not with_optimizer and zipfile.is_zipfile(path)
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except FileNotFoundError:
-            error = (f"{path}: no such checkpoint (pretrain_inv.py, pretrain_dist.py and "
-                     "finetune.py write them)")
+            error = f"{path}: no such checkpoint{written_by(path)}"
         except (OSError, RuntimeError, EOFError, ValueError, KeyError,
                 pickle.UnpicklingError) as e:
             reason = (str(e).strip() or type(e).__name__).splitlines()[0][:120]
-            error = f"{path}: damaged, or no file of tensors: {reason}"
+            error = f"{path}: damaged, or no file of tensors ({reason}){written_by(path)}"
         if error is None and not isinstance(saved, dict):
             error = f"{path}: not a checkpoint"
         if error is None and not with_optimizer:
@@ -2068,15 +2067,36 @@ def read_checkpoint(path, stages=None, with_optimizer=False):
         raise UserError(error)
     stage = saved.get("stage")
     if stages and stage not in stages:
-        wanted = " or ".join(s for s in stages if s)
-        raise UserError(f"{path}: by {stage or 'another program'}, not by {wanted}")
+        wanted = " or ".join(SCRIPTS[s] for s in stages if s)
+        raise UserError(f"{path}: found a checkpoint of {SCRIPTS.get(stage, 'another program')}, "
+                        f"expected one of {wanted}")
     if stages and stage and not saved["finished"]:
-        raise UserError(f"{path}: unfinished at epoch {saved['epoch']}, run its stage first")
+        raise UserError(f"{path}: unfinished (epoch {saved['epoch']} of {saved['args']['epochs']});"
+                        f" the same command of {SCRIPTS[stage]} goes on")
     return saved
 
 
+SCRIPTS = {"pretrain_inv": "pretrain_inv.py", "pretrain_dist": "pretrain_dist.py",
+           "finetune": "finetune.py", "student": "train_student.py"}  # by stage
+WRITERS = {
+    "inv.pt": "pretrain_inv.py",
+    "dist.pt": "pretrain_dist.py",
+    "both.pt": "pretrain_dist.py --invariant-weight 1",
+    "inv_ft.pt": "finetune.py --init inv.pt",
+    "dist_ft.pt": "finetune.py --init dist.pt",
+    "labeled_only.pt": "finetune.py --init none",
+    "student.pt": "train_student.py",
+}
+
+
+def written_by(path):
+    """The end of an error: the command that writes a checkpoint of this name."""
+    name = os.path.basename(path)
+    return f"; {WRITERS[name]} writes it" if name in WRITERS else ""
+
+
 def find_checkpoint(name, folder):
-    """A checkpoint's path by what a flag says: a path, or a file name in `folder`."""
+    """The path of a checkpoint: `name` itself if it has a folder, else that file in `folder`."""
     return name if os.path.dirname(name) else os.path.join(folder, name)
 
 
@@ -2107,12 +2127,13 @@ def load_embedder(saved, device):
 # ---- Passes over all videos ----------------------------------------------------------------------
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def map_videos(function, videos, indices, group_size, size, workers, device, title):
+def map_videos(function, videos, indices, group_size, size, workers, device, title, show=None):
     """Apply a function to the decoded frames at `indices` of all videos, shared among the ranks.
 
     function: a list of up to `group_size` uint8 (T, H, W, 3) on the device -> a tensor with a
-    row for each. size: of the network's input. Returns {id: row} and, of those that cannot be
-    decoded, {id: reason}."""
+    row for each. size: of the network's input. show(id, row) is called for each of this process's
+    videos as soon as it is done. Returns {id: row} and, of those that cannot be decoded,
+    {id: reason}."""
     ids = range(rank(), len(videos), world_size())
     dataset = Frames(videos, indices, round(1.25 * size))
     items = dataset.loader([(None, i) for i in ids], workers, device)
@@ -2127,7 +2148,10 @@ def map_videos(function, videos, indices, group_size, size, workers, device, tit
         else:
             group[i] = frames.to(device, non_blocking=True)
         if group and (len(group) == group_size or i == ids[-1]):
-            rows.update(zip(group, function(list(group.values())).cpu()))
+            new = dict(zip(group, function(list(group.values())).cpu()))
+            for each in new.items() if show else ():
+                show(*each)
+            rows |= new
             group = {}
     # In one tensor a rank: pickling a row for each of 240,000 videos takes half a minute.
     stacked = torch.stack(list(rows.values())) if rows else ()
@@ -2150,8 +2174,8 @@ def measure_similarity(embedder, videos, args, device):
 
 
 def video_similarity(embedder, videos, args, device):
-    """C of Eq. 5 of each video by a self-supervised teacher, before fine-tuning (Algorithm 1,
-    line 16), from args.clips consecutive clips in its middle, centre crop, eval mode.
+    """C of Eq. 5 of each video by a network of stage 1, before fine-tuning (Algorithm 1, line 16),
+    from args.clips consecutive clips in its middle, centre crop, eval mode.
 
     Returns {id: (n, n)} and {id: reason} as map_videos does."""
     def similarity(frames):
@@ -2211,15 +2235,18 @@ def report_neighbours(model, videos, labeled, args, device):
 
 
 def paired_similarity(teachers):
-    """Of the videos of which both teachers' checkpoints hold C of Eq. 5: names, and both C,
-    (N, n, n).
+    """The videos of which both teachers' checkpoints hold C of Eq. 5: names, and both C, (N, n, n).
 
-    teachers: {name: content} of two. UserError if one holds none."""
+    teachers: {name: content} of two. UserError if one holds none, or for another n."""
     for name, saved in teachers.items():
         if "similarity" not in saved:
             raise UserError(f"{name} does not come from stage 1, TSTR cannot weigh it: "
                             "--reweight mean or a number")
     first, second = teachers.values()
+    n_first, n_second = first["similarity"].shape[1], second["similarity"].shape[1]
+    if n_first != n_second:
+        raise UserError(f"{' and '.join(teachers)} come from stage 1 with --clips {n_first} and "
+                        f"{n_second}, TSTR needs the same: repeat one, or --reweight mean")
     rows = {name: k for k, name in enumerate(second["similarity_of"])}
     names = [name for name in first["similarity_of"] if name in rows]
     shared = [k for k, name in enumerate(first["similarity_of"]) if name in rows]

@@ -9,7 +9,8 @@ export OMP_NUM_THREADS=1
 if [ $# = 0 ]; then
     python -c "import common; common.render_toy('data/study', test=1000)"
     seq 0 19 | xargs -P "${PROCESSES:-2}" -I{} sh "$0" {}
-    torchrun --nproc-per-node "${PROCESSES:-2}" evaluate.py runs/study-* --clips 5 --scales 1 \
+    torchrun --nproc-per-node "${PROCESSES:-2}" evaluate.py runs/study-* --clips 5 --scales 1
+    python figures/intervals.py runs/study-* \
         --against labeled_only.pt student_random_alone.pt student_random_mean.pt student_mean.pt
     python figures/draw.py runs/study-*
     exit
