@@ -1,11 +1,11 @@
-"""TimeBalance (Dave et al., CVPR 2023, arXiv 2303.16268): what the five stages share.
+"""TimeBalance (Dave et al., CVPR 2023, arXiv 2303.16268): what the five stages share, in six rooms.
 
-    errors and printing - losses - TSTR - models - decoding - augmentation - lists of videos
-    distributed - toy videos - commands - batches - state - meter - checkpoints - passes - arguments
+    losses and TSTR - models and public weights - video: decoding, clips, augmentation
+    data sets, labelled subset, toy videos - training - passes over videos, and arguments
 
-The first line is the method. It takes tensors, paths and plain numbers alone, so any function or
-class of it can be copied into other code with the few names that it calls. The second line is what
-a run of many days needs: it knows of ranks, checkpoints and command lines."""
+The first four rooms take tensors, paths and plain numbers alone: any function or class of them can
+be copied into other code with the few names that it calls. The last two know of processes,
+arguments and checkpoints."""
 
 import argparse
 import contextlib
@@ -30,8 +30,8 @@ from collections import OrderedDict, namedtuple
 from datetime import timedelta
 from pathlib import Path
 
-# Read when torch is loaded, hence before it, here and in the scripts. A thread that waits for
-# another one is to sleep: if it spins, each busy neighbour makes a step many times slower.
+# These are read when torch is imported, so they come before it, here and in the scripts.
+# A thread that waits for another one sleeps: if it spins, other processes make a step much slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Segments of a fixed size leave gaps of 5 to 11 GiB in a GPU's memory.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
@@ -52,27 +52,9 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 
-# ---- Errors and printing -------------------------------------------------------------------------
-class UserError(Exception):
-    """A mistake in arguments or input: `command` makes it one line on stderr and exit status 2."""
-    status = 2
-
-
-class TrainingError(UserError):
-    """Training cannot go on: one line on stderr, exit status 1."""
-    status = 1
-
-
-def print0(*text):
-    """Print above the progress bar, from torchrun's first process alone; what the terminal's
-    encoding has not, as a file's name may, as an escape."""
-    if os.environ.get("RANK", "0") == "0":
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        line = " ".join(map(str, text))
-        tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding))
-
-
-# ---- Losses --------------------------------------------------------------------------------------
+# ==== Losses and TSTR =============================================================================
+# invariant_loss, distinctive_loss, unpooled_distinctive_loss, distillation_loss;
+# temporal_similarity, similarity_score, combine_teachers
 def check_tensors(shapes, *tensors, dtype=None, **least):
     """ValueError unless the tensors have these shapes and are floating-point, or of this dtype.
 
@@ -210,7 +192,6 @@ def distillation_loss(p_student, p_teacher, kind="l2"):
     raise ValueError(f"unknown distillation loss {kind!r}: l2, kl or js")
 
 
-# ---- Temporal similarity based teacher reweighting (TSTR, Sec. 3.2) ------------------------------
 def temporal_similarity(z):
     """C, Eq. 5: z (B, n, d), n >= 2 clips of each of B videos -> (B, n, n), the cosine of each pair
     of clips. ValueError for other shapes or types."""
@@ -239,7 +220,8 @@ def combine_teachers(p_inv, p_dist, score):
     return s * p_inv + (1 - s) * p_dist
 
 
-# ---- Models --------------------------------------------------------------------------------------
+# ==== Models and public weights ===================================================================
+# build_model, R3D, SlowR50, ProjectionHead, Embedder, count_time_steps, load_backbone
 class Backbone(nn.Module):
     """What both networks share: list_blocks(), the stem and the residual blocks in their order.
 
@@ -516,7 +498,8 @@ def load_backbone(model, saved):
     return len(fitting), len(weights) - len(fitting)
 
 
-# ---- Decoding: exact frames of real files --------------------------------------------------------
+# ==== Video: decoding, clips, augmentation ========================================================
+# decode_frames, clip_indices, spaced_clips, draw, augment_clips, centre_crop, to_input
 SEEKABLE = {"avi", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"}  # have an index: seeking is exact
 DECODE_ERRORS = (av.FFmpegError, OSError, ValueError, IndexError)  # what a damaged file can raise
 # HMDB51 has metadata that is not UTF-8, which PyAV below 19 takes for an error.
@@ -658,7 +641,6 @@ def spaced_clips(count, clips, frames, stride):
     return np.concatenate([clip_indices(count, frames, stride, p) for p in positions])
 
 
-# ---- Augmentation, on the device -----------------------------------------------------------------
 def draw(seed, *key):
     """A numpy Generator for a key of whole numbers, independent of process and order of calls."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
@@ -811,7 +793,13 @@ def to_input(clips, model):
     return torch.addcmul(shift, clips, scale, out=x)  # one kernel
 
 
-# ---- Lists of videos, and which of them have labels ----------------------------------------------
+# ==== Data sets, labelled subset, toy videos ======================================================
+# read_videos, Videos, walk_videos, labeled_subset, read_labeled_list, render_toy, write_atomically
+class UserError(Exception):
+    """A mistake in arguments or input: `command` makes it one line on stderr and exit status 2."""
+    status = 2
+
+
 SUFFIXES = tuple("""
     .3g2 .3gp .asf .avi .dav .divx .dv .f4v .flv .gif .h264 .hevc .m2t .m2ts .m2v .m4v .mjpeg .mjpg
     .mkv .mod .mov .mp4 .mpe .mpeg .mpg .mts .mxf .ogm .ogv .qt .rm .rmvb .tod .ts .vob .webm .wmv
@@ -1055,328 +1043,12 @@ def read_labeled_list(path, videos):
     return np.array(sorted(chosen), np.int64)
 
 
-# ---- Distributed: from here on there are ranks, arguments and checkpoints ------------------------
-# Each of these functions works without torchrun, too.
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def shard(items):
-    """This process's consecutive part of a list that all processes have."""
-    share = len(items) // world_size()
-    return items[rank() * share:(rank() + 1) * share]
-
-
-def all_gather(z):
-    """(B, ...) of each process -> (processes * B, ...), in the order of ranks, on every process,
-    with gradient for its own rows.
-
-    Every process computes the same loss of all rows. It sends back the gradient of its own rows,
-    times the number of processes, since DistributedDataParallel averages."""
-    if world_size() == 1:
-        return z
-    rows = [torch.empty_like(z) for _ in range(world_size())]
-    dist.all_gather(rows, z.detach().contiguous())
-    own = z.view_as(z)
-    own.register_hook(lambda gradient: gradient * world_size())
-    rows[rank()] = own
-    return torch.cat(rows)
-
-
-class BatchNorm(_BatchNorm):
-    """nn.BatchNorm1d to 3d whose training statistics are those of the clips of all processes, each
-    of which has equally many.
-
-    nn.SyncBatchNorm does the same on GPUs alone, and waits for them, to leave out processes without
-    clips. One process on a CPU, and compiled code of one process, take torch's own operation."""
-
-    @classmethod
-    def convert(cls, module):
-        """Replace all of torch's BatchNorms inside a module, as convert_sync_batchnorm does; they
-        keep their parameters and buffers."""
-        for name, child in module.named_children():
-            if isinstance(child, _BatchNorm):
-                norm = cls(child.num_features, child.eps, child.momentum)
-                norm._parameters = child._parameters
-                norm._buffers = child._buffers
-                norm.train(child.training)
-                setattr(module, name, norm)
-            else:
-                cls.convert(child)
-
-    def _check_input_dim(self, x):
-        """As nn.SyncBatchNorm: any number of dimensions."""
-
-    def forward(self, x):
-        if not self.training or (world_size() == 1 and not has_kernels(x)):
-            return super().forward(x)
-        y, mean, var = NormaliseRows.apply(x, self.weight, self.bias, self.eps)
-        count = x.numel() // x.shape[1] * world_size()
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
-        return y
-
-
-class NormaliseRows(torch.autograd.Function):
-    """BatchNorm in training over the rows of all processes: (N, C) or (N, C, T, H, W) -> the same,
-    mean and biased variance (C,).
-
-    The result is no view: an in-place ReLU behind a view makes autograd copy whole activations. On
-    GPUs these are the kernels of nn.SyncBatchNorm; elsewhere, and in compiled code, plain ones."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        x = channels_last(x)
-        y = torch.empty_like(x)
-        pieces = as_rows(x)
-        sums = torch.stack([row_sums(piece, weight.dtype, eps) for piece in pieces]).sum(0)
-        if world_size() > 1:
-            dist.all_reduce(sums)
-        ctx.count = x.numel() // x.shape[1] * world_size()
-        mean, square = sums / ctx.count
-        var = (square - mean.square()).clamp_min(0)
-        inverse_std = (var + eps).rsqrt()
-        mean, var, inverse_std = (t.to(weight.dtype) for t in (mean, var, inverse_std))
-        for piece, out in zip(pieces, as_rows(y)):
-            if has_kernels(x):
-                torch.batch_norm_elemt(piece, weight, bias, mean, inverse_std, eps, out=out)
-            else:
-                out.copy_(F.batch_norm(piece, mean, var, weight, bias, eps=eps))
-        ctx.eps = eps
-        ctx.save_for_backward(x, weight, mean, var, inverse_std)
-        ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
-
-    @staticmethod
-    def backward(ctx, dy, *_):
-        x, weight, mean, var, inverse_std = ctx.saved_tensors
-        plain = torch.ops.aten.native_batch_norm_backward  # at fixed mean and variance
-        fixed = (weight, mean, var, None, None, False, ctx.eps)
-        pieces = list(zip(as_rows(channels_last(dy)), as_rows(x)))
-        sums = 0  # of dy * x_hat, and of dy: the gradients of weight and bias
-        for d, piece in pieces:
-            if has_kernels(x):
-                *_, dweight, dbias = torch.batch_norm_backward_reduce(
-                    d, piece, mean, inverse_std, weight, True, True, True)
-            else:
-                _, dweight, dbias = plain(d, piece, *fixed, [False, True, True])
-            sums = sums + torch.stack([dweight, dbias])
-        dweight, dbias = sums
-        if world_size() > 1:
-            sums = sums.clone()
-            dist.all_reduce(sums)
-        by_x_hat, by_one = sums / ctx.count
-        dx = []
-        for d, piece in pieces:
-            if has_kernels(x):
-                one = torch.ones(1, dtype=torch.int32, device=x.device)
-                dx.append(torch.batch_norm_backward_elemt(
-                    d, piece, mean, inverse_std, weight, by_one, by_x_hat / inverse_std, one))
-            else:
-                slope = weight * inverse_std * by_x_hat * inverse_std
-                offset = weight * inverse_std * by_one - slope * mean
-                dx.append(plain(d, piece, *fixed, [True, False, False])[0])
-                dx[-1].addcmul_(piece, slope, value=-1).sub_(offset)
-        dx = dx[0] if len(dx) == 1 else torch.cat(dx)
-        return dx.view(x.movedim(1, -1).shape).movedim(-1, 1), dweight, dbias, None
-
-
-def has_kernels(x):
-    """Whether the kernels of nn.SyncBatchNorm can be called."""
-    return x.is_cuda and not torch.compiler.is_compiling()
-
-
-def channels_last(x):
-    return x.contiguous(memory_format=torch.channels_last_3d) if x.ndim == 5 else x.contiguous()
-
-
-LARGEST = 2**31 - 1  # elements: above, torch's BatchNorm copies its input in float32
-
-
-def as_rows(x):
-    """(N, C) or (N, C, T, H, W) in channels_last_3d -> views (rows, C), of at most LARGEST elements
-    each."""
-    return x.movedim(1, -1).view(-1, x.shape[1]).split(LARGEST // x.shape[1])
-
-
-def row_sums(x, dtype, eps):
-    """(rows, C) -> float64 (2, C), in which the variance can be told: sums of x and of x * x."""
-    if has_kernels(x):
-        mean, inverse_std = (t.double() for t in torch.batch_norm_stats(x, eps))
-        return len(x) * torch.stack([mean, inverse_std.pow(-2) - eps + mean.square()])
-    norm = torch.linalg.vector_norm(x, dim=0, dtype=dtype)  # float32 for bf16, too
-    return torch.stack([x.sum(0, dtype=dtype).double(), norm.double().square()])
-
-
-def gather_objects(value):
-    """Every process's value, in a list, on every process."""
-    values = [value] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def broadcast(value):
-    """The first process's value, on every process."""
-    box = [value]
-    if world_size() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
-def join_processes(device):
-    """Join torchrun's processes, if there are any. UserError if its variables are incomplete."""
-    needed = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
-    found = [name for name in needed if name in os.environ]
-    if not {"RANK", "WORLD_SIZE"} & set(found) or dist.is_initialized():
-        return
-    if found != needed:
-        raise UserError(f"the environment has {' and '.join(found)}, but not all of "
-                        f"{', '.join(needed)}: unset them, or use torchrun")
-    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
-    if nodes > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        # After a restart torchrun gives the nodes different prefixes in its store.
-        raise UserError("--max-restarts works on one node: leave it out, and give the same command "
-                        "again after a failure")
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        # Processes wait for the slowest one's part of a pass over all videos, and for rank 0.
-        timeout=timedelta(hours=2), device_id=device if device.type == "cuda" else None)
-
-
-LOGGED_WARNINGS = []  # those since the last line of the log
-
-
-def command(main):
-    """Make main(argv=None) a command: mistakes and warnings are one line each, the exit status is
-    0, 1 or 2."""
-    script = os.path.basename(main.__code__.co_filename)
-
-    def complain(text):
-        print(f"{script}: {text}".replace("\n", " "), file=sys.stderr, flush=True)
-
-    def warn(message, *_):
-        LOGGED_WARNINGS.append(str(message))
-        if rank() == 0:
-            tqdm.write(f"warning: {message}".replace("\n", " "), file=sys.stderr)
-
-    @functools.wraps(main)
-    def run(argv=None):
-        status = 0
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = warn
-                main(argv)
-        except UserError as error:
-            status = error.status
-            complain(error)
-        except PermissionError as error:
-            status = 2
-            complain(f"{error.filename}: {error.strerror}")
-        except torch.cuda.OutOfMemoryError as error:
-            status = 2
-            complain("out of GPU memory: try --checkpointing, or a smaller --batch or --size "
-                     f"({error})")
-        except KeyboardInterrupt:
-            status = 1
-            complain(f"interrupted{State.saved_at}")
-        except SystemExit as end:  # of --help and --benchmark
-            status = end.code
-        if status:
-            raise SystemExit(status)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return run
-
-
-def warm_up(optimizer, lr, epoch, warmup):
-    """Set the learning rate lr * (epoch + 1) / warmup in the first `warmup` epochs (supplement
-    B.2)."""
-    if epoch < warmup:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (epoch + 1) / warmup
-
-
-def autocast(args, device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-
-
-def training_videos(args):
-    """The training videos of --data, all labels hidden."""
-    videos = read_training_videos(args)
-    videos.mask_labels()
-    return videos
-
-
-def labeled_and_all_videos(args, teachers={}):
-    """Sorted ids of the labelled videos, and all training videos, with no label but theirs.
-
-    teachers: {name: content} of the checkpoints that were fine-tuned on them; without any, the
-    labelled videos are drawn, or read from --labeled-list, and written to OUT/labeled.txt."""
-    videos = read_training_videos(args)
-    if teachers:
-        labeled = find_labeled(videos, teachers)
-    elif args.labeled_list:
-        labeled = read_labeled_list(args.labeled_list, videos)
-    else:
-        labeled = labeled_subset(videos.names(), videos.labels, args.percent, args.subset_seed)
-    videos.mask_labels(keep=labeled)
-    if not teachers:
-        report_labeled(videos, labeled, args.out)
-    return labeled, videos
-
-
-def read_training_videos(args):
-    """All labels known: no script calls this. Those of toy are rendered where they are missing."""
-    if args.data == "toy":
-        if rank() == 0:
-            render_toy(args.root)
-        broadcast(None)  # the others wait for it
-    videos = read_videos(args.data, args.root, True, args.split, args.pool)
-    print0(f"{len(videos)} training videos of {len(videos.classes)} classes in {videos.folder}")
-    return videos
-
-
-def find_labeled(videos, teachers):
-    """The videos on which all the teachers were fine-tuned -> sorted ids."""
-    names = next(iter(teachers.values()))["labeled"]
-    for path, saved in teachers.items():
-        if saved["classes"] != videos.classes or saved["labeled"] != names:
-            raise UserError(f"{path} was fine-tuned on different labelled videos, or for other "
-                            "classes")
-    ids = {name: i for i, name in enumerate(videos.names())}
-    if absent := [name for name in names if name not in ids]:
-        raise UserError(f"{videos.folder}: without {len(absent)} of the teachers' labelled videos, "
-                        f"such as {absent[0]}")
-    return np.array([ids[name] for name in names])
-
-
-def report_labeled(videos, labeled, out):
-    """Print how many labelled videos there are, and write their names and labels to a file."""
-    names = [videos.name(i) for i in labeled]
-    counts = np.bincount(videos.labels[labeled], minlength=len(videos.classes))
-    print0(f"{len(labeled)} of {len(videos)} training videos have a label: {counts.min()} to "
-           f"{counts.max()} in each of {len(counts)} classes, set {set_digest(names)}")
-    if not counts.all():
-        without = [videos.classes[c] for c in np.flatnonzero(counts == 0)]
-        print0("warning: no labelled video of " + ", ".join(without))
-    rows = [f"{name} {label}\n" for name, label in zip(names, videos.labels[labeled])]
-    write_bytes(Path(out) / "labeled.txt", os.fsencode("".join(rows)))
-
-
 def set_digest(names):
     """Eight hexadecimal digits that tell one set of videos from another."""
     text = "\n".join(sorted(names))
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
 
 
-# ---- The built-in set of toy videos --------------------------------------------------------------
 HEIGHT, WIDTH = 40, 56  # pixels of a frame
 TOY_COLOURS = np.array([(220, 60, 50), (60, 190, 80), (60, 90, 220), (230, 200, 60)], np.uint8)
 TOY_PATTERNS = {  # of the object, over u, v in [-1, 1]; a repetitive class is told by its pattern
@@ -1506,7 +1178,296 @@ def encode_video(file, frames, fps=25):
         container.mux(stream.encode())
 
 
-# ---- Batches: the videos of each training step, decoded ------------------------------------------
+def write_atomically(path, write):
+    """Call write(file) on a new file that then takes the place of `path`, whole and on disk;
+    UserError if it cannot."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # which some network file systems refuse for folders
+            os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
+        raise UserError(f"{path} cannot be written, what was there is left: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+# ==== Training: processes, BatchNorm, Batches, State, Meter, checkpoints ==========================
+# command, all_gather, BatchNorm, warm_up, autocast, Batches, State, Meter, read_checkpoint;
+# all of them work without torchrun, too
+class TrainingError(UserError):
+    """Training cannot go on: one line on stderr, exit status 1."""
+    status = 1
+
+
+def print0(*text):
+    """Print above the progress bar, from torchrun's first process alone; what the terminal's
+    encoding has not, as a file's name may, as an escape."""
+    if os.environ.get("RANK", "0") == "0":
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        line = " ".join(map(str, text))
+        tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding))
+
+
+LOGGED_WARNINGS = []  # those since the last line of the log
+
+
+def command(main):
+    """Make main(argv=None) a command: mistakes and warnings are one line each, the exit status is
+    0, 1 or 2."""
+    script = os.path.basename(main.__code__.co_filename)
+
+    def complain(text):
+        print(f"{script}: {text}".replace("\n", " "), file=sys.stderr, flush=True)
+
+    def warn(message, *_):
+        LOGGED_WARNINGS.append(str(message))
+        if rank() == 0:
+            tqdm.write(f"warning: {message}".replace("\n", " "), file=sys.stderr)
+
+    @functools.wraps(main)
+    def run(argv=None):
+        status = 0
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = warn
+                main(argv)
+        except UserError as error:
+            status = error.status
+            complain(error)
+        except PermissionError as error:
+            status = 2
+            complain(f"{error.filename}: {error.strerror}")
+        except torch.cuda.OutOfMemoryError as error:
+            status = 2
+            complain("out of GPU memory: try --checkpointing, or a smaller --batch or --size "
+                     f"({error})")
+        except KeyboardInterrupt:
+            status = 1
+            complain(f"interrupted{State.saved_at}")
+        except SystemExit as end:  # of --help and --benchmark
+            status = end.code
+        if status:
+            raise SystemExit(status)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return run
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def shard(items):
+    """This process's consecutive part of a list that all processes have."""
+    share = len(items) // world_size()
+    return items[rank() * share:(rank() + 1) * share]
+
+
+def all_gather(z):
+    """(B, ...) of each process -> (processes * B, ...), in the order of ranks, on every process,
+    with gradient for its own rows.
+
+    Every process computes the same loss of all rows. It sends back the gradient of its own rows,
+    times the number of processes, since DistributedDataParallel averages."""
+    if world_size() == 1:
+        return z
+    rows = [torch.empty_like(z) for _ in range(world_size())]
+    dist.all_gather(rows, z.detach().contiguous())
+    own = z.view_as(z)
+    own.register_hook(lambda gradient: gradient * world_size())
+    rows[rank()] = own
+    return torch.cat(rows)
+
+
+def gather_objects(value):
+    """Every process's value, in a list, on every process."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value):
+    """The first process's value, on every process."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def join_processes(device):
+    """Join torchrun's processes, if there are any. UserError if its variables are incomplete."""
+    needed = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    found = [name for name in needed if name in os.environ]
+    if not {"RANK", "WORLD_SIZE"} & set(found) or dist.is_initialized():
+        return
+    if found != needed:
+        raise UserError(f"the environment has {' and '.join(found)}, but not all of "
+                        f"{', '.join(needed)}: unset them, or use torchrun")
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    if nodes > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        # After a restart torchrun gives the nodes different prefixes in its store.
+        raise UserError("--max-restarts works on one node: leave it out, and give the same command "
+                        "again after a failure")
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        # Processes wait for the slowest one's part of a pass over all videos, and for rank 0.
+        timeout=timedelta(hours=2), device_id=device if device.type == "cuda" else None)
+
+
+class BatchNorm(_BatchNorm):
+    """nn.BatchNorm1d to 3d whose training statistics are those of the clips of all processes, each
+    of which has equally many.
+
+    nn.SyncBatchNorm does the same on GPUs alone, and waits for them, to leave out processes without
+    clips. One process on a CPU, and compiled code of one process, take torch's own operation."""
+
+    @classmethod
+    def convert(cls, module):
+        """Replace all of torch's BatchNorms inside a module, as convert_sync_batchnorm does; they
+        keep their parameters and buffers."""
+        for name, child in module.named_children():
+            if isinstance(child, _BatchNorm):
+                norm = cls(child.num_features, child.eps, child.momentum)
+                norm._parameters = child._parameters
+                norm._buffers = child._buffers
+                norm.train(child.training)
+                setattr(module, name, norm)
+            else:
+                cls.convert(child)
+
+    def _check_input_dim(self, x):
+        """As nn.SyncBatchNorm: any number of dimensions."""
+
+    def forward(self, x):
+        if not self.training or (world_size() == 1 and not has_kernels(x)):
+            return super().forward(x)
+        y, mean, var = NormaliseRows.apply(x, self.weight, self.bias, self.eps)
+        count = x.numel() // x.shape[1] * world_size()
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+        return y
+
+
+class NormaliseRows(torch.autograd.Function):
+    """BatchNorm in training over the rows of all processes: (N, C) or (N, C, T, H, W) -> the same,
+    mean and biased variance (C,).
+
+    The result is no view: an in-place ReLU behind a view makes autograd copy whole activations. On
+    GPUs these are the kernels of nn.SyncBatchNorm; elsewhere, and in compiled code, plain ones."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        x = channels_last(x)
+        y = torch.empty_like(x)
+        pieces = as_rows(x)
+        sums = torch.stack([row_sums(piece, weight.dtype, eps) for piece in pieces]).sum(0)
+        if world_size() > 1:
+            dist.all_reduce(sums)
+        ctx.count = x.numel() // x.shape[1] * world_size()
+        mean, square = sums / ctx.count
+        var = (square - mean.square()).clamp_min(0)
+        inverse_std = (var + eps).rsqrt()
+        mean, var, inverse_std = (t.to(weight.dtype) for t in (mean, var, inverse_std))
+        for piece, out in zip(pieces, as_rows(y)):
+            if has_kernels(x):
+                torch.batch_norm_elemt(piece, weight, bias, mean, inverse_std, eps, out=out)
+            else:
+                out.copy_(F.batch_norm(piece, mean, var, weight, bias, eps=eps))
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, mean, var, inverse_std)
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        x, weight, mean, var, inverse_std = ctx.saved_tensors
+        plain = torch.ops.aten.native_batch_norm_backward  # at fixed mean and variance
+        fixed = (weight, mean, var, None, None, False, ctx.eps)
+        pieces = list(zip(as_rows(channels_last(dy)), as_rows(x)))
+        sums = 0  # of dy * x_hat, and of dy: the gradients of weight and bias
+        for d, piece in pieces:
+            if has_kernels(x):
+                *_, dweight, dbias = torch.batch_norm_backward_reduce(
+                    d, piece, mean, inverse_std, weight, True, True, True)
+            else:
+                _, dweight, dbias = plain(d, piece, *fixed, [False, True, True])
+            sums = sums + torch.stack([dweight, dbias])
+        dweight, dbias = sums
+        if world_size() > 1:
+            sums = sums.clone()
+            dist.all_reduce(sums)
+        by_x_hat, by_one = sums / ctx.count
+        dx = []
+        for d, piece in pieces:
+            if has_kernels(x):
+                one = torch.ones(1, dtype=torch.int32, device=x.device)
+                dx.append(torch.batch_norm_backward_elemt(
+                    d, piece, mean, inverse_std, weight, by_one, by_x_hat / inverse_std, one))
+            else:
+                slope = weight * inverse_std * by_x_hat * inverse_std
+                offset = weight * inverse_std * by_one - slope * mean
+                dx.append(plain(d, piece, *fixed, [True, False, False])[0])
+                dx[-1].addcmul_(piece, slope, value=-1).sub_(offset)
+        dx = dx[0] if len(dx) == 1 else torch.cat(dx)
+        return dx.view(x.movedim(1, -1).shape).movedim(-1, 1), dweight, dbias, None
+
+
+def has_kernels(x):
+    """Whether the kernels of nn.SyncBatchNorm can be called."""
+    return x.is_cuda and not torch.compiler.is_compiling()
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last_3d) if x.ndim == 5 else x.contiguous()
+
+
+LARGEST = 2**31 - 1  # elements: above, torch's BatchNorm copies its input in float32
+
+
+def as_rows(x):
+    """(N, C) or (N, C, T, H, W) in channels_last_3d -> views (rows, C), of at most LARGEST elements
+    each."""
+    return x.movedim(1, -1).view(-1, x.shape[1]).split(LARGEST // x.shape[1])
+
+
+def row_sums(x, dtype, eps):
+    """(rows, C) -> float64 (2, C), in which the variance can be told: sums of x and of x * x."""
+    if has_kernels(x):
+        mean, inverse_std = (t.double() for t in torch.batch_norm_stats(x, eps))
+        return len(x) * torch.stack([mean, inverse_std.pow(-2) - eps + mean.square()])
+    norm = torch.linalg.vector_norm(x, dim=0, dtype=dtype)  # float32 for bf16, too
+    return torch.stack([x.sum(0, dtype=dtype).double(), norm.double().square()])
+
+
+def warm_up(optimizer, lr, epoch, warmup):
+    """Set the learning rate lr * (epoch + 1) / warmup in the first `warmup` epochs (supplement
+    B.2)."""
+    if epoch < warmup:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (epoch + 1) / warmup
+
+
+def autocast(args, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
 class Frames(Dataset):
     """Item (key, i): (key, i, the frames of video i, how many the file has). Where they cannot be
     decoded, the frames are a string, the reason.
@@ -1674,7 +1635,6 @@ def check_unreadable(unreadable, ids, videos):
                         f"or remove {names}")
 
 
-# ---- State: everything that a checkpoint holds ---------------------------------------------------
 FREE_ARGUMENTS = {  # those that may change between a run and its continuation
     "out", "root", "pretrained", "epochs", "workers", "device", "checkpointing", "compile",
     "restart", "save_every"}
@@ -1840,8 +1800,10 @@ def describe_command():
     return {"command": " ".join(sys.argv), "commit": commit, **versions}
 
 
-# ---- Meter: the numbers of the steps -------------------------------------------------------------
 READ_EVERY = 10  # steps: reading the numbers makes the host wait for the GPU
+
+
+WARM_UP_STEPS = 5  # of --benchmark
 
 
 class Meter:
@@ -1983,9 +1945,6 @@ class Meter:
         raise SystemExit
 
 
-WARM_UP_STEPS = 5  # of --benchmark
-
-
 def beside_chance(means, levels, state):
     """The means of an epoch, each loss of `levels` and its value at chance: that of a network to
     which all clips look alike, the logarithm of the number of candidates. A warning if the run ends
@@ -2008,30 +1967,6 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-# ---- Checkpoints ---------------------------------------------------------------------------------
-def write_atomically(path, write):
-    """Call write(file) on a new file that then takes the place of `path`, whole and on disk;
-    UserError if it cannot."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # which some network file systems refuse for folders
-            os.fsync(folder)
-        os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
-        raise UserError(f"{path} cannot be written, what was there is left: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def write_bytes(path, content):
@@ -2124,7 +2059,72 @@ def load_embedder(saved, device):
     return embedder.to(device, memory_format=torch.channels_last_3d).eval()
 
 
-# ---- Passes over all videos ----------------------------------------------------------------------
+# ==== Passes over videos, and arguments ===========================================================
+# training_videos, labeled_and_all_videos, measure_similarity, video_similarity, report_neighbours,
+# Parser, shared_arguments, recipe, start, settle
+def training_videos(args):
+    """The training videos of --data, all labels hidden."""
+    videos = read_training_videos(args)
+    videos.mask_labels()
+    return videos
+
+
+def labeled_and_all_videos(args, teachers={}):
+    """Sorted ids of the labelled videos, and all training videos, with no label but theirs.
+
+    teachers: {name: content} of the checkpoints that were fine-tuned on them; without any, the
+    labelled videos are drawn, or read from --labeled-list, and written to OUT/labeled.txt."""
+    videos = read_training_videos(args)
+    if teachers:
+        labeled = find_labeled(videos, teachers)
+    elif args.labeled_list:
+        labeled = read_labeled_list(args.labeled_list, videos)
+    else:
+        labeled = labeled_subset(videos.names(), videos.labels, args.percent, args.subset_seed)
+    videos.mask_labels(keep=labeled)
+    if not teachers:
+        report_labeled(videos, labeled, args.out)
+    return labeled, videos
+
+
+def read_training_videos(args):
+    """All labels known: no script calls this. Those of toy are rendered where they are missing."""
+    if args.data == "toy":
+        if rank() == 0:
+            render_toy(args.root)
+        broadcast(None)  # the others wait for it
+    videos = read_videos(args.data, args.root, True, args.split, args.pool)
+    print0(f"{len(videos)} training videos of {len(videos.classes)} classes in {videos.folder}")
+    return videos
+
+
+def find_labeled(videos, teachers):
+    """The videos on which all the teachers were fine-tuned -> sorted ids."""
+    names = next(iter(teachers.values()))["labeled"]
+    for path, saved in teachers.items():
+        if saved["classes"] != videos.classes or saved["labeled"] != names:
+            raise UserError(f"{path} was fine-tuned on different labelled videos, or for other "
+                            "classes")
+    ids = {name: i for i, name in enumerate(videos.names())}
+    if absent := [name for name in names if name not in ids]:
+        raise UserError(f"{videos.folder}: without {len(absent)} of the teachers' labelled videos, "
+                        f"such as {absent[0]}")
+    return np.array([ids[name] for name in names])
+
+
+def report_labeled(videos, labeled, out):
+    """Print how many labelled videos there are, and write their names and labels to a file."""
+    names = [videos.name(i) for i in labeled]
+    counts = np.bincount(videos.labels[labeled], minlength=len(videos.classes))
+    print0(f"{len(labeled)} of {len(videos)} training videos have a label: {counts.min()} to "
+           f"{counts.max()} in each of {len(counts)} classes, set {set_digest(names)}")
+    if not counts.all():
+        without = [videos.classes[c] for c in np.flatnonzero(counts == 0)]
+        print0("warning: no labelled video of " + ", ".join(without))
+    rows = [f"{name} {label}\n" for name, label in zip(names, videos.labels[labeled])]
+    write_bytes(Path(out) / "labeled.txt", os.fsencode("".join(rows)))
+
+
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def map_videos(function, videos, indices, group_size, size, workers, device, title, show=None):
@@ -2253,7 +2253,6 @@ def paired_similarity(teachers):
     return names, first["similarity"][shared], second["similarity"][[rows[n] for n in names]]
 
 
-# ---- Arguments -----------------------------------------------------------------------------------
 DATA_SETS = ("toy", "ucf101", "hmdb51", "kinetics400", "folder")
 SMALL = 1000  # training videos: a folder of fewer has settings of its own
 
