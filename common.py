@@ -2313,8 +2313,10 @@ class Parser(argparse.ArgumentParser):
     class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter,
                         argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):
-            known = action.default not in (None, False)
-            return super()._get_help_string(action) if known else action.help
+            unknown = action.default is None or action.default is False
+            if unknown or "(default" in action.help:
+                return action.help
+            return super()._get_help_string(action)
 
     def __init__(self, description, parents):
         super().__init__(description=description, parents=parents,
@@ -2351,11 +2353,10 @@ def shared_arguments(stage):
     data.add_argument("--pool", choices=("train", "all"),
                       help="training videos of hmdb51: the split's, or all but the test videos")
     if stage != "pretrain":
-        labeled = data.add_mutually_exclusive_group()
-        labeled.add_argument("--percent", type=ranged(float, 1e-3, 100), metavar="P",
-                             help="labelled share of each class in %%")
-        labeled.add_argument("--labeled-list", metavar="FILE",
-                             help="a published list of the labelled videos")
+        data.add_argument("--percent", type=ranged(float, 1e-3, 100), metavar="P",
+                          help="labelled share of each class in %%")
+        data.add_argument("--labeled-list", metavar="FILE",
+                          help="a published list of the labelled videos, instead of --percent")
         data.add_argument("--subset-seed", type=from_0, metavar="N",
                           help="chooses which videos are labelled; --seed does not")
 
@@ -2463,6 +2464,8 @@ def settle(parser, stage, args, checkpoints={}, inherited=()):
         if key in args and key != "out":
             setattr(args, key, value)
     if getattr(args, "labeled_list", None):
+        if "percent" in parser.given:
+            raise UserError("--percent and --labeled-list: choose one")
         args.percent = None
     args.precision = args.precision or default_precision(args.device)
     large_r3d = args.arch.startswith("r3d") and args.size > 112
