@@ -659,28 +659,39 @@ def chain(tmp_path_factory):
     return train_once(tmp_path_factory.getbasetemp())[1]
 
 
-def die(steps, program, *argv):
-    """Run a program that SIGKILL ends after so many steps of the optimiser. Of torchrun's processes
-    the second one dies, and not after a restart."""
+def die(moment, count, program, *argv):
+    """Run a program that SIGKILL ends at the count-th "step" of the optimiser or "write" of a file.
+    Of torchrun's processes the second one dies, and not after a restart."""
     chosen = os.environ.get("RANK", "1") == "1"
     chosen = chosen and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     counter = itertools.count(1)
+    replace = os.replace
 
     def kill(*_):
-        if next(counter) == int(steps) and chosen:
+        if next(counter) == int(count) and chosen:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    register_optimizer_step_post_hook(kill)
+    if moment == "step":
+        register_optimizer_step_post_hook(kill)
+    else:  # the new file is complete, and the old one is still in its place
+        os.replace = lambda *names: kill() or replace(*names)
     importlib.import_module(program).main(argv)
 
 
-def run_and_kill(steps, stage, *argv):
-    """Run a stage in a process that is killed after so many steps -> its exit status."""
+def run_and_kill(moment, count, stage, *argv):
+    """Run a stage in a process that is killed, see die() -> its exit status."""
     process = multiprocessing.get_context("fork").Process(
-        target=die, args=(steps, STAGES[stage][0].__name__, *stage_argv(stage, *argv)))
+        target=die, args=(moment, count, STAGES[stage][0].__name__, *stage_argv(stage, *argv)))
     process.start()
-    process.join(120)
+    process.join()
     return process.exitcode
+
+
+def earlier_checkpoints(chain, out, stage):
+    """Copy what the stages before this one have left."""
+    first = "inv_ft" if stage == "ft" else stage
+    for name in CHECKPOINTS[:CHECKPOINTS.index(first)]:
+        shutil.copy(chain / f"{name}.pt", out)
 
 
 class TestChain:
@@ -729,7 +740,7 @@ class TestChain:
 
     def test_a_killed_stage_goes_on_to_the_same_weights(self, chain, toy, tmp_path):
         """SIGKILL in the middle of the second epoch; then the same command, with a worker."""
-        assert run_and_kill(9, "inv", toy, tmp_path) == -signal.SIGKILL
+        assert run_and_kill("step", 9, "inv", toy, tmp_path) == -signal.SIGKILL
         left = load(tmp_path, "inv")
         assert (left["epoch"], left["step"], left["finished"]) == (1, 0, False)
         run_stage("inv", toy, tmp_path, "--workers", 1)
@@ -744,5 +755,5 @@ class TestChain:
         assert error.startswith("train_student") and "--arch r3d_18" in error
 
 
-if __name__ == "__main__":  # so that torchrun can run it: test_common.py STEPS PROGRAM ARGUMENTS
+if __name__ == "__main__":  # so that torchrun can run it: test_common.py step 9 PROGRAM ...
     die(*sys.argv[1:])

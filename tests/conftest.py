@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_common import chain, toy  # noqa: fixtures; before torch: it sets the count of threads
+from test_common import chain, toy  # noqa: fixtures; before torch: sets its threads
 
 
 @pytest.fixture(scope="session")
