@@ -694,6 +694,26 @@ def earlier_checkpoints(chain, out, stage):
         shutil.copy(chain / f"{name}.pt", out)
 
 
+def first_step(stage, root, out, *flags, main=None):
+    """Run a stage of one step -> by name its loss terms, its gradients, to a factor, and what
+    BatchNorm counts; main: in the place of the stage's."""
+    out.mkdir(parents=True, exist_ok=True)
+    one_step = ["--epochs", 1, "--batch", {"labeled_only": 8, "student": 16}.get(stage, 24)]
+    argv = stage_argv(stage, root, out, *one_step, "--restart", *flags)
+    (main or STAGES[stage][0].main)(argv)
+    saved = load(out, stage)
+    found = {}
+    for key, value in read_log(out, stage)[-1].items():
+        if key == "loss" or key.startswith("l_"):
+            found[key] = torch.tensor(value, dtype=torch.float64)
+    for i, moments in saved["optimizer"]["state"].items():
+        found[f"gradient {i}"] = moments["exp_avg"]  # of Adam, after one step
+    for name, buffer in {**saved["model"], **saved.get("head", {})}.items():
+        if "running" in name or "batches" in name:
+            found[f"{len(found)} {name}"] = buffer
+    return found
+
+
 class TestChain:
     @pytest.mark.parametrize("name", CHECKPOINTS)
     def test_each_stage_leaves_its_checkpoint_and_its_log(self, name, chain):
