@@ -714,6 +714,15 @@ def first_step(stage, root, out, *flags, main=None):
     return found
 
 
+def assert_same_step(one, other):
+    """The same first_step() but for the order of sums, in float64."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        scale = float(value.abs().max())
+        close = torch.allclose(value, other[name], rtol=1e-6, atol=1e-9 * (scale + 1))
+        assert scale > 0 and close, name
+
+
 class TestChain:
     @pytest.mark.parametrize("name", CHECKPOINTS)
     def test_each_stage_leaves_its_checkpoint_and_its_log(self, name, chain):

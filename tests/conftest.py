@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_common import chain, toy  # noqa: fixtures; before torch: sets its threads
+from test_common import chain, toy  # noqa: fixtures; before torch, whose threads it settles
+
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +24,11 @@ def real_data():
 def real_clips(real_data):
     return sorted(path for path in (real_data / "videos").iterdir()
                   if path.suffix in (".avi", ".mp4"))
+
+
+@pytest.fixture
+def float64():
+    """In float32 the order of a sum can turn a ReLU on or off."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
