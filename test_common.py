@@ -319,7 +319,8 @@ class TestModels:
         expected = [0.29953622, 0.08540572, -0.19857994, -0.23216664, -0.07341280]
         with torch.no_grad():
             assert torch.allclose(model(x), torch.tensor([expected]), atol=1e-5)
-            assert model.features(x).shape == (1, 2048, 8)
+        assert not network("slow_r50").blocks[4].res_blocks[2].branch2.norm_c.weight.any()
+        assert model.blocks[5].dropout.p == 0.5
 
 
     @pytest.mark.parametrize("arch, dim, frames", [
@@ -330,11 +331,6 @@ class TestModels:
         with torch.no_grad():
             assert model.features(x).shape == (1, dim, frames)
             assert model(x).shape == (1, 7)
-
-    def test_slow_r50_starts_as_pytorchvideo_s_does(self):
-        model = network("slow_r50")
-        assert not model.blocks[4].res_blocks[2].branch2.norm_c.weight.any()
-        assert model.blocks[5].dropout.p == 0.5
 
     def test_projection_head_is_the_paper_s(self):
         head = tb.ProjectionHead(2048)

@@ -229,23 +229,6 @@ def test_checkpointing_and_compile_change_no_step(stage, flags, chain, toy, tmp_
     assert_same_step(plain, other)
 
 
-def test_each_block_of_slow_r50_is_compiled(toy, tmp_path, monkeypatch):
-    """They have as many shapes as torch compiles of one function by default."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)
-    compile = torch.compile
-    graphs = []
-
-    def backend(graph, _example):
-        graphs.append(graph)
-        return graph
-
-    monkeypatch.setattr(torch, "compile", lambda function, **settings: compile(
-        function, backend=backend, **settings))
-    torch.compiler.reset()
-    run_stage("inv", toy, tmp_path, "--benchmark", 1, "--compile", "--arch", "slow_r50")
-    assert len(graphs) >= 1 + 8  # the stem, the blocks
-
-
 # ---- The run: numbers, learning rate, frozen weights, memory -------------------------------------
 
 @pytest.mark.parametrize("stage, clips", [
