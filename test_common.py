@@ -6,6 +6,7 @@ Losses against loops, TSTR, both networks against public keys and numbers, exact
 kinds of files, the labelled subset, a tiny chain of all stages with the label firewall, a kill and
 a mistake. The folder tests/ holds the other tests and shares the chain and the helpers below."""
 
+import argparse
 import functools
 import importlib
 import itertools
@@ -683,42 +684,6 @@ def run_and_kill(moment, count, stage, *argv):
     return process.exitcode
 
 
-def earlier_checkpoints(chain, out, stage):
-    """Copy what the stages before this one have left."""
-    first = "inv_ft" if stage == "ft" else stage
-    for name in CHECKPOINTS[:CHECKPOINTS.index(first)]:
-        shutil.copy(chain / f"{name}.pt", out)
-
-
-def first_step(stage, root, out, *flags, main=None):
-    """Run a stage of one step -> by name its loss terms, its gradients, to a factor, and what
-    BatchNorm counts; main: in the place of the stage's."""
-    out.mkdir(parents=True, exist_ok=True)
-    one_step = ["--epochs", 1, "--batch", {"labeled_only": 8, "student": 16}.get(stage, 24)]
-    argv = stage_argv(stage, root, out, *one_step, "--restart", *flags)
-    (main or STAGES[stage][0].main)(argv)
-    saved = load(out, stage)
-    found = {}
-    for key, value in read_log(out, stage)[-1].items():
-        if key == "loss" or key.startswith("l_"):
-            found[key] = torch.tensor(value, dtype=torch.float64)
-    for i, moments in saved["optimizer"]["state"].items():
-        found[f"gradient {i}"] = moments["exp_avg"]  # of Adam, after one step
-    for name, buffer in {**saved["model"], **saved.get("head", {})}.items():
-        if "running" in name or "batches" in name:
-            found[f"{len(found)} {name}"] = buffer
-    return found
-
-
-def assert_same_step(one, other):
-    """The same first_step() but for the order of sums, in float64."""
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        scale = float(value.abs().max())
-        close = torch.allclose(value, other[name], rtol=1e-6, atol=1e-9 * (scale + 1))
-        assert scale > 0 and close, name
-
-
 class TestChain:
     @pytest.mark.parametrize("name", CHECKPOINTS)
     def test_each_stage_leaves_its_checkpoint_and_its_log(self, name, chain):
@@ -741,8 +706,13 @@ class TestChain:
             assert r["top1"] == pytest.approx(np.mean(list(r["per_class"].values())))
 
     def test_label_firewall(self, chain, toy, tmp_path):
-        """All videos but the labelled ones move to another class, and the same weights come out;
-        only the evaluation, which reads the test labels, changes."""
+        """Stages see the labels of the labelled videos alone. All other videos move to another
+        class: the same weights come out; the evaluation, which reads the test labels, changes."""
+        args = [argparse.Namespace(**{**load(chain, name)["args"], "out": tmp_path})
+                for name in ("inv", "inv_ft")]
+        assert (tb.training_videos(args[0]).labels == -1).all()
+        ids, videos = tb.labeled_and_all_videos(args[1])
+        assert (np.delete(videos.labels, ids) == -1).all() and (videos.labels[ids] >= 0).all()
         root = tmp_path / "toy"
         shutil.copytree(toy, root)
         rows = (chain / "labeled.txt").read_text().splitlines()

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 import common as tb
 import evaluate
+from conftest import earlier_checkpoints, first_step
 from test_common import (
-    EVALUATE, EVALUATED, STAGES, earlier_checkpoints, first_step, network, read_results, run_stage,
-    smooth_clips, stage_argv)
+    EVALUATE, EVALUATED, STAGES, network, read_results, run_stage, smooth_clips, stage_argv)
 from test_processes import end, succeeds, torchrun
 
 GPU = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from conftest import assert_same_step, first_step
 from test_common import (
-    EVALUATE, HERE, STAGES, assert_same_step, first_step, load, read_log, read_results,
-    run_stage, same, stage_argv)
+    EVALUATE, HERE, STAGES, load, read_log, read_results, run_stage, same, stage_argv)
 
 
 def torchrun(*command, flags=("--standalone", "--nproc-per-node=2")):

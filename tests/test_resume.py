@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from test_common import (
-    assert_same_checkpoints, earlier_checkpoints, load, read_log, run_and_kill, run_stage)
+from conftest import earlier_checkpoints
+from test_common import assert_same_checkpoints, load, read_log, run_and_kill, run_stage
 
 
 def assert_same_run(chain, out, name):

@@ -21,7 +21,7 @@ from test_common import HERE, TINY, load, run_stage
 
 
 @pytest.mark.parametrize("videos, flags, batch, epochs", [
-    (100, [], 8, 416), (100, ["--batch", "20"], 20, 1000), (999, ["--batch", "20"], 20, 250),
+    (100, [], 8, 416), (100, ["--batch", "20"], 20, 1000), (999, [], 8, 250),
     (1000, [], 40, 250)])
 def test_a_small_folder_has_small_batches_and_5000_steps(videos, flags, batch, epochs, tmp_path,
                                                          capsys):

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 import weakref
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,10 +28,10 @@ import common as tb
 import evaluate
 import finetune
 import pretrain_inv
+from conftest import assert_same_step, earlier_checkpoints, first_step
 from test_common import (
-    EVALUATED, HERE, STAGES, TINY, assert_same_step, earlier_checkpoints, first_step,
-    full_decode, load, moving_frames, read_log, read_results, run_stage, same, stage_argv,
-    write_video)
+    EVALUATED, HERE, STAGES, TINY, full_decode, load, moving_frames, read_log, read_results,
+    run_stage, same, stage_argv, write_video)
 
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -42,12 +44,14 @@ def batches(toy, epoch=0, step=0, **changes):
     pools = [tb.Pool(np.arange(5, 24), 4, False), tb.Pool(np.arange(5), 4, True)]
     source = tb.Batches(tb.read_videos("toy", toy, True), pools, 4, settings["seed"],
                         argparse.Namespace(**settings), torch.device("cpu"))
-    return list(source.stream(epoch * source.steps + step, 3 * source.steps))
+    return [SimpleNamespace(videos=batch.videos, ids=batch.ids, keys=batch.keys,
+                            dropout_seed=torch.initial_seed())
+            for batch in source.stream(epoch * source.steps + step, 3 * source.steps)]
 
 
 def assert_same_batches(some, others):
     for a, b in zip(some, others, strict=True):
-        assert a.ids == b.ids and a.keys == b.keys
+        assert (a.ids, a.keys, a.dropout_seed) == (b.ids, b.keys, b.dropout_seed)
         assert all(torch.equal(x, y) for x, y in zip(a.videos, b.videos, strict=True))
 
 
@@ -87,6 +91,18 @@ def test_labelled_videos_cycle_pass_after_pass(three_epochs):
 def test_no_two_clips_share_their_draws(three_epochs):
     keys = [key for batch in three_epochs for key in batch.keys]
     assert len(set(keys)) == len(keys)
+    assert len({batch.dropout_seed for batch in three_epochs}) == len(three_epochs)
+
+
+def test_a_substitute_is_not_in_the_batch_already(toy, tmp_path):
+    shutil.copytree(toy, tmp_path, dirs_exist_ok=True)
+    Path(tb.read_videos("toy", tmp_path, True).path(7)).write_text("broken")
+    for seed in range(6):
+        whole = batches(toy, seed=seed)
+        for batch, other in zip(batches(tmp_path, seed=seed), whole, strict=True):
+            assert 7 not in batch.ids and len(set(batch.ids[:4])) == 4
+            assert batch.keys == other.keys  # it takes the draws of the broken one
+            assert sum(a != b for a, b in zip(batch.ids, other.ids)) == (7 in other.ids)
 
 
 def test_short_videos_are_counted(toy, tmp_path):
@@ -300,7 +316,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(flags, stands, toy, tmp_path, m
 
     def exploding(z, temperature):
         calls.append(1)
-        return tb.invariant_loss(z, temperature) * (math.nan if len(calls) == 9 else 1)
+        return tb.invariant_loss(z, temperature) * (math.nan if len(calls) == 10 else 1)
 
     monkeypatch.setattr(pretrain_inv, "invariant_loss", exploding)
     with pytest.raises(SystemExit) as end:
@@ -309,7 +325,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(flags, stands, toy, tmp_path, m
     assert end.value.code == 1 and "not finite" in error and "epoch 2" in error
     assert "\n" not in error
     saved = load(tmp_path, "inv")
-    assert (saved["epoch"], saved["step"]) == stands  # the ninth step is the third of epoch 2
+    assert (saved["epoch"], saved["step"]) == stands  # the tenth step is the fourth of epoch 2
     assert all(w.isfinite().all() for w in saved["model"].values())
 
 
