@@ -1,0 +1,185 @@
+"""On a GPU: losses, networks and steps are the CPU's, and no step waits. Where there is none, a
+rehearsal on the CPU, so that these tests stay fit to run."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import common as tb
+import evaluate
+from conftest import earlier_checkpoints, first_step
+from test_common import (
+    EVALUATE, EVALUATED, STAGES, network, read_results, run_stage, smooth_clips, stage_argv)
+from test_processes import end, succeeds, torchrun
+
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
+ON_GPU = ["--device", GPU]
+needs_gpu = pytest.mark.skipif(GPU == "cpu", reason="no GPU")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_convolutions():
+    """Without the tensor cores' shorter mantissa."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        yield
+
+
+@pytest.mark.parametrize("loss, count", [
+    (tb.invariant_loss, 1), (tb.distinctive_loss, 2), (tb.unpooled_distinctive_loss, 2)])
+def test_losses_are_the_cpu_s(loss, count):
+    torch.manual_seed(0)
+    tensors = torch.randn(count, 8, 4, 128)
+    found = []
+    for device, dtype in [("cpu", torch.float32), (GPU, torch.float32), (GPU, torch.bfloat16)]:
+        leaves = [t.to(device, dtype, copy=True).requires_grad_() for t in tensors]
+        value = loss(*leaves)
+        value.backward()
+        found.append([t.float().cpu() for t in (value.detach(), *(x.grad for x in leaves))])
+    for a, b, c in zip(*found):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(a, c, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("arch", ["r3d_tiny", "r3d_18", "slow_r50"])
+def test_networks_are_the_cpu_s(arch):
+    torch.manual_seed(0)
+    model = network(arch)
+    x = torch.randn(2, 3, 16, 64, 64).to(memory_format=torch.channels_last_3d)
+    with torch.no_grad():
+        expected = model(x)
+        gpu = copy.deepcopy(model).to(GPU, memory_format=torch.channels_last_3d)
+        found = gpu(x.to(GPU)).cpu()
+        with torch.autocast(GPU, torch.bfloat16):
+            short = gpu(x.to(GPU)).float().cpu()
+    scale = float(expected.abs().max())
+    assert torch.allclose(found, expected, atol=1e-3 * scale)
+    assert torch.allclose(short, expected, atol=0.1 * scale)
+
+
+def test_augmentation_is_the_cpu_s():
+    clips = smooth_clips(60)
+    cpu, gpu = (tb.augment_clips([clip.to(device) for clip in clips], 24,
+                                 [tb.draw(0, k) for k in range(60)]).cpu().int()
+                for device in ("cpu", GPU))
+    difference = (cpu - gpu).abs()
+    assert difference.float().mean() < 0.5 and difference.max() <= 8
+
+
+@pytest.mark.parametrize("flags", [
+    [], ["--checkpointing"], pytest.param(["--compile"], marks=needs_gpu)])
+@pytest.mark.parametrize("stage", ["inv", "dist", "labeled_only", "student"])
+def test_a_step_is_the_cpu_s(stage, flags, chain, toy, tmp_path):
+    earlier_checkpoints(chain, tmp_path, stage)
+    # In float32 a ReLU of a smaller network may flip; the student's teachers saw the usual size.
+    size = [] if stage == "student" else ["--size", 32]
+    cpu = first_step(stage, toy, tmp_path, *size)
+    gpu = first_step(stage, toy, tmp_path, *size, *flags, *ON_GPU)
+    assert cpu.keys() == gpu.keys()
+    for name, value in gpu.items():
+        assert value.isfinite().all()
+        if "gradient" not in name:
+            assert torch.allclose(cpu[name], value, rtol=0.02, atol=0.02), name
+
+
+@pytest.mark.parametrize("stage, epochs, count", [
+    ("inv", 1, 6), ("dist", 1, 6), ("labeled_only", 4, 8), ("student", 2, 8)])
+def test_a_step_never_waits_for_the_gpu(stage, epochs, count, chain, toy, tmp_path, monkeypatch):
+    """From the augmentation to the optimiser what stops the host raises. Less than ten steps: of so
+    few none has frozen weights, so each ends in the optimiser."""
+    earlier_checkpoints(chain, tmp_path, stage)
+    steps = []
+
+    def set_mode(mode):
+        if GPU == "cuda":
+            torch.cuda.set_sync_debug_mode(mode)
+
+    def watched(*args, **settings):
+        set_mode("error" if steps else "default")  # not the first
+        return tb.augment_clips(*args, **settings)
+
+    def unwatched(*_):
+        set_mode("default")
+        steps.append(1)
+
+    monkeypatch.setattr(STAGES[stage][0], "augment_clips", watched)
+    hook = register_optimizer_step_post_hook(unwatched)
+    try:
+        run_stage(stage, toy, tmp_path, "--epochs", epochs, *ON_GPU)
+    finally:
+        hook.remove()
+        set_mode("default")
+    assert len(steps) == count
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises at a copy between devices that the host would wait for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        tensors = [t for t in tree_leaves([args, out]) if isinstance(t, torch.Tensor)]
+        copies = function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_)
+        if copies and len({t.device.type for t in tensors}) > 1:
+            assert kwargs.get("non_blocking"), function
+        return out
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch without CUDA")
+@pytest.mark.parametrize("arch", ["r3d_18", "slow_r50"])
+def test_no_forward_pass_leaves_the_gpu(arch, monkeypatch):
+    """By shapes, types and devices alone, so without a GPU, too."""
+    # Autocast asks for the hardware.
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    rngs = [tb.draw(0, k) for k in range(40)]  # so many that each change has its takers
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda:0"):
+            net = tb.Embedder(tb.build_model(arch, 5))
+            videos = [torch.empty(16, 180, 320, 3, dtype=torch.uint8) for _ in rngs]
+        with NoWaiting():
+            clips = tb.augment_clips(videos, 112, rngs)
+            with torch.autocast("cuda", torch.bfloat16):
+                x = tb.to_input(clips, net.backbone)
+                z = net(x, num_long=8, slices=4)
+                logits = net.backbone(x[:8])
+            assert x.dtype == logits.dtype == torch.bfloat16
+            z = z[:32].unflatten(0, (8, 4))
+            p = logits.float().softmax(1)
+            c = tb.temporal_similarity(z)
+            p_teacher = tb.combine_teachers(p, p, tb.similarity_score(c, c))
+            losses = [tb.invariant_loss(z), tb.distinctive_loss(z, z),
+                      tb.unpooled_distinctive_loss(z, z), tb.distillation_loss(p, p_teacher)]
+    assert all(loss.is_cuda and loss.dtype == torch.float32 for loss in losses)
+
+
+def test_dilated_convolution_is_cudnn_s():
+    model = tb.build_model("r3d_18", 2).to(GPU, memory_format=torch.channels_last_3d)
+    x = torch.randn(2, 3, 16, 64, 64, device=GPU)
+    with torch.profiler.profile() as profile, torch.autocast(GPU, torch.bfloat16):
+        model(x.to(memory_format=torch.channels_last_3d)).sum().backward()
+    assert not any("slow_conv_dilated" in event.key for event in profile.key_averages())
+
+
+@needs_gpu
+def test_chain_goes_on_under_nccl(toy, tmp_path):
+    """With two GPUs each stage is killed first."""
+    processes = min(2, torch.cuda.device_count())
+    launch = functools.partial(
+        torchrun, flags=("--standalone", f"--nproc-per-node={processes}"))
+    for stage in ("inv", "dist", "ft", "student"):
+        program = STAGES[stage][0].__name__
+        argv = stage_argv(stage, toy, tmp_path, *ON_GPU)
+        if processes == 2:
+            status, _ = end(launch("test_common.py", "step", 3, program, *argv))
+            assert status != 0
+        succeeds(launch(f"{program}.py", *argv))
+    evaluate.main([str(tmp_path), *EVALUATE, *ON_GPU])
+    names = [result["checkpoint"] for result in read_results(tmp_path)]
+    assert sorted(names) == sorted(EVALUATED[1:])  # no baseline here
