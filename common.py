@@ -1841,6 +1841,7 @@ class Meter:
         state = self.state
         self.reset()
         with tqdm(total=self.batches.steps, initial=state.step, leave=False,
+                  desc=f"{state.name}: epoch {epoch + 1}/{self.args.epochs}",
                   disable=True if rank() else None) as self.bar:
             while state.step < self.batches.steps:
                 yield self.next_batch()
