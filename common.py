@@ -1631,8 +1631,8 @@ def check_unreadable(unreadable, ids, videos):
     bad = [videos.path(i) for i in ids if i in unreadable]
     if len(bad) > 0.1 * len(ids):
         names = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
-        raise UserError(f"{len(bad)} of {len(ids)} videos cannot be decoded, more than 10 %: repair "
-                        f"or remove {names}")
+        raise UserError(f"{len(bad)} of {len(ids)} videos cannot be decoded, more than 10 %: "
+                        f"repair or remove {names}")
 
 
 FREE_ARGUMENTS = {  # those that may change between a run and its continuation
@@ -1884,8 +1884,8 @@ class Meter:
         if not all(map(math.isfinite, state.sums.values())):
             raise TrainingError(
                 f"a loss is not finite in epoch {state.epoch + 1}, steps {state.step - steps + 1} "
-                f"to {state.step}: a smaller --lr, or --precision fp32? {state.path} was left as it "
-                "was")
+                f"to {state.step}: a smaller --lr, or --precision fp32? {state.path} was left as "
+                "it was")
         seconds_per_step = (time.perf_counter() - self.begin) / self.steps_here
         left = round(seconds_per_step * state.steps_left() / 60)
         self.bar.set_description(f"{state.name}: epoch {state.epoch + 1}/{self.args.epochs}, "
@@ -1957,8 +1957,8 @@ def beside_chance(means, levels, state):
             numbers[f"{name}_chance"] = levels[name]
             if not state.steps_left() and value > 0.95 * levels[name]:
                 warnings.warn(f"{name} {value:.3f} is still at chance ({levels[name]:.3f}) after "
-                              f"{state.steps_done()} steps; on real videos this can last some thousand "
-                              "steps: more --epochs, or a smaller --batch")
+                              f"{state.steps_done()} steps; on real videos this can last some "
+                              "thousand steps: more --epochs, or a smaller --batch")
     return numbers
 
 
@@ -2082,6 +2082,8 @@ def labeled_and_all_videos(args, teachers={}):
         labeled = read_labeled_list(args.labeled_list, videos)
     else:
         labeled = labeled_subset(videos.names(), videos.labels, args.percent, args.subset_seed)
+    if not len(labeled):
+        raise UserError(f"{videos.folder}: no video has a class, so none can have a label")
     videos.mask_labels(keep=labeled)
     if not teachers:
         report_labeled(videos, labeled, args.out)
@@ -2089,11 +2091,11 @@ def labeled_and_all_videos(args, teachers={}):
 
 
 def read_training_videos(args):
-    """All labels known: no script calls this. Those of toy are rendered where they are missing."""
+    """The training videos with all labels, which no script calls. Renders toy if it is missing."""
     if args.data == "toy":
         if rank() == 0:
             render_toy(args.root)
-        broadcast(None)  # the others wait for it
+        broadcast(None)  # the other processes wait for it
     videos = read_videos(args.data, args.root, True, args.split, args.pool)
     print0(f"{len(videos)} training videos of {len(videos.classes)} classes in {videos.folder}")
     return videos
@@ -2121,7 +2123,7 @@ def report_labeled(videos, labeled, out):
            f"{counts.max()} in each of {len(counts)} classes, set {set_digest(names)}")
     if not counts.all():
         without = [videos.classes[c] for c in np.flatnonzero(counts == 0)]
-        print0("warning: no labelled video of " + ", ".join(without))
+        warnings.warn("no labelled video of " + ", ".join(without))
     rows = [f"{name} {label}\n" for name, label in zip(names, videos.labels[labeled])]
     write_bytes(Path(out) / "labeled.txt", os.fsencode("".join(rows)))
 
@@ -2129,7 +2131,8 @@ def report_labeled(videos, labeled, out):
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def map_videos(function, videos, indices, group_size, size, workers, device, title, show=None):
-    """Apply a function to the decoded frames at `indices` of all videos, shared among the ranks.
+    """Apply a function to the decoded frames at `indices` of all videos. Each process takes its
+    share of them.
 
     function: a list of up to `group_size` uint8 (T, H, W, 3) on the device -> a tensor with a
     row for each. size: of the network's input. show(id, row) is called for each of this process's
@@ -2154,7 +2157,7 @@ def map_videos(function, videos, indices, group_size, size, workers, device, tit
                 show(*each)
             rows |= new
             group = {}
-    # In one tensor a rank: pickling a row for each of 240,000 videos takes half a minute.
+    # One tensor per process: pickling a row for each of 240,000 videos takes half a minute.
     stacked = torch.stack(list(rows.values())) if rows else ()
     for numbers, values, reasons in gather_objects((list(rows), stacked, unreadable)):
         rows.update(zip(numbers, values))
@@ -2163,12 +2166,12 @@ def map_videos(function, videos, indices, group_size, size, workers, device, tit
 
 
 def measure_similarity(embedder, videos, args, device):
-    """What a checkpoint of stage 1 carries to stage 3: video_similarity of the training videos.
+    """What stage 1 passes on to stage 3: video_similarity of the training videos.
     UserError if over 10 % of them cannot be decoded."""
     rows, unreadable = video_similarity(embedder, videos, args, device)
     check_unreadable(unreadable, range(len(videos)), videos)
     return {
-        "similarity_of": [videos.name(i) for i in rows],
+        "similarity_names": [videos.name(i) for i in rows],
         "similarity": torch.stack(list(rows.values())),
         "similarity_clips": [args.clips, args.frames, args.stride],
     }
@@ -2248,9 +2251,9 @@ def paired_similarity(teachers):
     if n_first != n_second:
         raise UserError(f"{' and '.join(teachers)} come from stage 1 with --clips {n_first} and "
                         f"{n_second}, TSTR needs the same: repeat one, or --reweight mean")
-    rows = {name: k for k, name in enumerate(second["similarity_of"])}
-    names = [name for name in first["similarity_of"] if name in rows]
-    shared = [k for k, name in enumerate(first["similarity_of"]) if name in rows]
+    rows = {name: k for k, name in enumerate(second["similarity_names"])}
+    names = [name for name in first["similarity_names"] if name in rows]
+    shared = [k for k, name in enumerate(first["similarity_names"]) if name in rows]
     return names, first["similarity"][shared], second["similarity"][[rows[n] for n in names]]
 
 
@@ -2262,7 +2265,7 @@ def recipe(data, stage, videos=math.inf, batch=None):
     """The default settings of a stage ("pretrain", "finetune" or "student"): the paper's, and
     others for toy and for small folders, of `videos` training videos, `batch` of them a step.
 
-    The paper does not name the batch and the epochs of fine-tuning: they are the authors' code's."""
+    The paper names no batch and no epochs of fine-tuning: these are from the authors' code."""
     ssl = stage == "pretrain"
     settings = {
         "data": data,

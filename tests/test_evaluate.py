@@ -472,7 +472,7 @@ def test_teachers_are_compared_by_class(drawn):
     assert [drawn.printed.index(row[0]) for row in rows] == sorted(
         drawn.printed.index(row[0]) for row in rows)
     for k, (name, *numbers) in enumerate(rows):
-        own = [video.startswith(f"{name}/") for video in drawn.teachers[0]["similarity_of"]]
+        own = [video.startswith(f"{name}/") for video in drawn.teachers[0]["similarity_names"]]
         p_inv, p_dist = (np.mean([run[teacher][name] for run in drawn.runs])
                          for teacher in evaluate.TEACHERS)
         apart = p_inv - p_dist

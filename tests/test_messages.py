@@ -51,7 +51,7 @@ def test_videos_without_a_similarity_are_counted(chain, toy, tmp_path, capsys):
     """As if one had been added after stage 1."""
     for name in ("inv_ft", "dist_ft"):
         saved = load(chain, name)
-        saved["similarity_of"] = saved["similarity_of"][1:]
+        saved["similarity_names"] = saved["similarity_names"][1:]
         saved["similarity"] = saved["similarity"][1:]
         torch.save(saved, tmp_path / f"{name}.pt")
     shutil.copy(chain / "dist.pt", tmp_path)
