@@ -1670,7 +1670,7 @@ class State:
         self.sums = {}  # of the numbers of these steps
         self.log = [json.dumps(describe_command())]  # lines of OUT/NAME.log
         self.finished = False
-        State.saved_at = ""
+        State.saved_at = "; the same command goes on from the beginning"
 
         BatchNorm.convert(net)
         net.to(device, memory_format=torch.channels_last_3d)
@@ -1686,6 +1686,9 @@ class State:
 
         if not args.benchmark and not args.restart and broadcast(self.path.exists()):
             self.resume()
+        if args.warmup >= args.epochs and not self.finished:
+            warnings.warn(f"--warmup {args.warmup} is not shorter than --epochs {args.epochs}: the "
+                          "learning rate stays low; give a smaller --warmup")
         if args.compile:
             # The blocks differ in shape, the steps do not: as many variants as there are blocks.
             torch._dynamo.config.recompile_limit = 64
@@ -2476,9 +2479,6 @@ def settle(parser, stage, args, checkpoints={}, inherited=()):
     if args.device == "cpu" and args.precision == "bf16" and (large_r3d or not has_bf16("cpu")):
         raise UserError(f"{args.arch} at --size {args.size} needs --precision fp32 on this CPU: "
                         "oneDNN's gradients in bf16 are wrong there")
-    if args.warmup >= args.epochs:
-        warnings.warn(f"--warmup {args.warmup} is not shorter than --epochs {args.epochs}: the "
-                      "learning rate stays low; give a smaller --warmup")
     if args.batch % world_size():
         raise UserError(f"--batch {args.batch} cannot be shared among {world_size()} processes: "
                         "choose a multiple")

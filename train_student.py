@@ -68,6 +68,7 @@ def main(argv=None):
     student = build_model(args.arch, len(videos.classes))
     if init is not None:
         start_from(student, args.init, init)
+    score = score_videos(args.reweight, saved_teachers, videos.names())  # s of every video, (N,)
     pools = [Pool(labeled, args.batch, cycle=True)]
     if saved_teachers:  # the unlabelled videos come first
         pools.insert(0, Pool(unlabeled, args.batch, cycle=False))
@@ -76,7 +77,6 @@ def main(argv=None):
     if state.finished:
         return
     teachers = [load_classifier(saved, device) for saved in saved_teachers.values()]
-    score = score_videos(args.reweight, saved_teachers, videos.names())  # s of every video, (N,)
     meter = Meter(state, batches)
 
     for epoch in range(state.epoch, args.epochs):

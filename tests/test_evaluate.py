@@ -349,7 +349,7 @@ def test_each_video_is_printed_as_soon_as_it_is_done(classifier, toy, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     ("runs/x", "runs/x: no such run folder; there are runs/one, runs/two"),
-    ("runs/one/x_ft.pt", "x_ft.pt: no such checkpoint; finetune.py --init x.pt writes it"),
+    ("runs/one/inv_ft.pt", "no such checkpoint; finetune.py --init inv.pt writes it"),
     ("runs/two", "runs/two: no trained classifier; finetune.py and train_student.py write them"),
     ("runs/two/inv.pt", "inv.pt: no trained classifier"),
     ("data --scales 2", "--scales"),
@@ -377,9 +377,8 @@ def test_a_mistake_costs_one_line(flags, words, classifier, toy, tmp_path, monke
 
 @pytest.mark.parametrize("name, command", [
     ("inv", "pretrain_inv.py"), ("dist", "pretrain_dist.py"),
-    ("both", "pretrain_dist.py --invariant-weight 1"), ("dist2", "pretrain_dist.py --name dist2"),
-    ("inv2_ft", "finetune.py --init inv2.pt"), ("labeled_only", "finetune.py --init none"),
-    ("student", "train_student.py"), ("student_kl", "train_student.py --name student_kl")])
+    ("both", "pretrain_dist.py --invariant-weight 1"), ("student", "train_student.py"),
+    ("dist_ft", "finetune.py --init dist.pt"), ("labeled_only", "finetune.py --init none")])
 def test_a_missing_or_damaged_checkpoint_names_its_script(name, command, tmp_path):
     path = tmp_path / f"{name}.pt"
     for _ in range(2):

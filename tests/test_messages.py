@@ -20,12 +20,6 @@ def test_a_warm_up_as_long_as_the_run_is_told_and_logged(toy, tmp_path, capsys):
     assert any("--warmup 2" in line for line in first_epoch["warnings"])
 
 
-def test_a_loss_at_chance_is_told_with_its_steps(toy, tmp_path, capsys):
-    run_stage("dist", toy, tmp_path, "--lr", 0)
-    assert "still at chance (1.099) after 12 steps" in capsys.readouterr().err
-    assert "warnings" in read_log(tmp_path, "dist")[-1]
-
-
 def neighbours(capsys):
     """Per cent and number of videos, of the untrained network and at chance, by a teacher."""
     lines = [line for line in capsys.readouterr().out.splitlines() if "nearest other" in line]
