@@ -118,6 +118,44 @@ def test_a_step_never_waits_for_the_gpu(stage, epochs, count, chain, toy, tmp_pa
     assert len(steps) == count
 
 
+@pytest.mark.parametrize("largest", [2**31 - 1, 5000], ids=["whole", "in pieces"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batchnorm_is_torch_s_in_float64(dtype, largest, monkeypatch):
+    torch.manual_seed(0)
+    x = (2 * torch.randn(6, 8, 4, 15, 17) + 1).to(dtype)
+    dy = torch.randn(x.shape).to(dtype)
+    monkeypatch.setattr(tb, "LARGEST", largest)
+    found = []
+    for norm, device, kind in [(torch.nn.BatchNorm3d(8), "cpu", torch.float64),
+                               (tb.BatchNorm(8), GPU, dtype)]:
+        norm.to(device, torch.float64 if kind == torch.float64 else torch.float32)
+        leaf = x.to(device, kind, memory_format=torch.channels_last_3d).requires_grad_()
+        y = norm(leaf)
+        y.backward(dy.to(device, kind))
+        found.append([t.detach().double().cpu() for t in (
+            y, leaf.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var)])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    for a, b in zip(*found):
+        assert (a - b).abs().max() <= tolerance * a.abs().max()
+
+
+@needs_gpu
+def test_batchnorm_of_more_than_2_to_the_31_elements():
+    """As in a step of over 167 clips of 16 x 224 x 224: no copy in float32, and the same rows."""
+    x = torch.randn(1, 64, 16, 112, 112, device=GPU, dtype=torch.bfloat16)
+    x = x.repeat(176, 1, 1, 1, 1).to(memory_format=torch.channels_last_3d).requires_grad_()
+    assert x.numel() > 2**31
+    norm = tb.BatchNorm(64).to(GPU)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = norm(x)
+    assert torch.cuda.max_memory_allocated() - before < 1.1 * 2 * x.numel()
+    assert torch.equal(y[0], y[-1])  # all clips are the same
+    assert abs(float(y[-1].float().std()) - 1) < 0.01
+    y.backward(y.detach())
+    assert torch.allclose(x.grad[0], x.grad[-1], atol=1e-3)
+
+
 class NoWaiting(TorchDispatchMode):
     """Raises at a copy between devices that the host would wait for."""
 
@@ -141,7 +179,7 @@ def test_no_forward_pass_leaves_the_gpu(arch, monkeypatch):
     rngs = [tb.draw(0, k) for k in range(40)]  # so many that each change has its takers
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda:0"):
-            net = tb.Embedder(tb.build_model(arch, 5))
+            net = tb.Embedder(tb.build_model(arch, 5)).eval()
             videos = [torch.empty(16, 180, 320, 3, dtype=torch.uint8) for _ in rngs]
         with NoWaiting():
             clips = tb.augment_clips(videos, 112, rngs)
