@@ -404,52 +404,7 @@ class TestLabeledList:
             tb.read_labeled_list(tmp_path / "none.txt", tb.read_videos("toy", toy, True))
 
 
-NAMES = [f"c{c}/v{i}.avi" for c, count in enumerate((3, 40, 101)) for i in range(count)]
-
-
-def subset(percent, seed=0, order=slice(None)):
-    """The names that labeled_subset chooses from NAMES."""
-    names = NAMES[order]
-    labels = np.array([int(name[1]) for name in names])
-    return {names[i] for i in tb.labeled_subset(names, labels, percent, seed)}
-
-
-class TestLabeledSubset:
-    @pytest.mark.parametrize("percent", [1, 5, 10, 50, 100])
-    def test_it_has_its_share_of_each_class_in_any_order_of_names(self, percent):
-        chosen = subset(percent)
-        counts = [sum(name.startswith(f"c{c}/") for name in chosen) for c in range(3)]
-        assert counts == [max(1, round(percent / 100 * n)) for n in (3, 40, 101)]
-        assert chosen == subset(percent, order=slice(None, None, -1))
-
-    def test_subsets_are_nested_and_depend_on_the_seed(self):
-        assert subset(1) < subset(5) < subset(10) < subset(50) < subset(100) == set(NAMES)
-        assert subset(5) != subset(5, seed=1)
-
-    def test_it_takes_no_video_without_a_class(self):
-        assert tb.labeled_subset(["u/1.avi"], [-1], 100).tolist() == []
-
-    def test_all_labels_but_those_of_the_subset_are_masked(self, toy, tmp_path):
-        args = argparse.Namespace(data="ucf101", root=toy, split=1, pool="train", out=tmp_path,
-                                  labeled_list=None, percent=34, subset_seed=0)
-        labeled, videos = tb.labeled_and_all_videos(args)
-        known = tb.read_videos("ucf101", toy, True).labels
-        assert len(labeled) == 8 and (videos.labels[labeled] == known[labeled]).all()
-        assert (np.delete(videos.labels, labeled) == -1).all()
-        assert (tb.training_videos(args).labels == -1).all()
-
-
 class TestToy:
-    def test_it_is_balanced_and_its_parts_are_disjoint(self, toy):
-        train = tb.read_videos("toy", toy, True)
-        test = tb.read_videos("toy", toy, False)
-        assert len(train) == 24 and len(test) == len(train.classes) == 8
-        assert not set(train.names()) & set(test.names())
-        assert np.bincount(train.labels).tolist() == [3] * 8
-        for i in range(24):
-            frames = tb.decode_frames(train.path(i), range)
-            assert 64 <= len(frames) <= 96 and frames.shape[1:] == (40, 56, 3)
-
     def test_interrupted_rendering_goes_on_and_gives_the_same_files(self, toy, tmp_path,
                                                                     monkeypatch):
         encode = tb.encode_video
