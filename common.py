@@ -475,10 +475,10 @@ def load_backbone(model, saved):
     inner = [saved.get(place) for place in places] if isinstance(saved, dict) else []
     named = next(filter(None, map(tensors_in, [*inner, saved])), {})
     if not named:
-        raise ValueError(f"it holds no weights, not under {', '.join(places)} either")
+        raise ValueError(f"found no weights, not under {', '.join(places)} either")
     weights = {without_prefixes(name): w for name, w in named.items()}
     if len(weights) < len(named):
-        raise ValueError("it holds several networks: save the weights of one alone")
+        raise ValueError("found several networks: save the weights of one alone")
     own = {k: w for k, w in model.state_dict().items() if not k.startswith(CLASSIFIERS)}
     fitting = {}
     for key, weight in own.items():
@@ -2426,7 +2426,7 @@ def prepare(args):
     """Choose the device, the number of workers and the memory allocator's settings, and join
     torchrun's processes -> device."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        # glibc gives large blocks back and faults them in again in each step: it is to keep them.
+        # glibc returns large blocks and faults them in again in every step: it should keep them.
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
