@@ -263,7 +263,7 @@ WITHOUT_WEIGHTS = {
 
 @pytest.mark.parametrize("content", WITHOUT_WEIGHTS.values(), ids=WITHOUT_WEIGHTS)
 def test_a_file_without_weights_is_refused(content):
-    with pytest.raises(tb.UserError, match="any.pt: it holds no weights"):
+    with pytest.raises(tb.UserError, match="any.pt: found no weights"):
         tb.start_from(tb.build_model("r3d_tiny", 3), "any.pt", content)
 
 
@@ -284,7 +284,7 @@ def test_what_does_not_fit_is_named(changed, message):
 
 @pytest.mark.parametrize("saved", [None, [1], torch.ones(3), "weights"])
 def test_what_is_no_dict_is_refused(saved):
-    with pytest.raises(ValueError, match="it holds no weights"):
+    with pytest.raises(ValueError, match="found no weights"):
         tb.load_backbone(tb.build_model("r3d_tiny", 3), saved)
 
 
