@@ -262,7 +262,8 @@ def test_downloads_make_a_tree_that_is_read(data, train, test, tmp_path):
     assert tb.read_videos(data, tmp_path / "data" / data, False).names() == [test]
 
 
-REENCODING = re.search(r"^find my .*?\n```$", (HERE / "README.md").read_text(), re.M | re.S)[0][:-3]
+[REENCODING] = [block for block in blocks((HERE / "docs/performance.md").read_text())
+                if block.startswith("find my")]
 
 
 @pytest.mark.skipif(not shutil.which("find"), reason="needs the program find")
