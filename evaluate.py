@@ -1,15 +1,18 @@
-"""Evaluation of TimeBalance: accuracy on the test videos, from 10 clips x 3 scales each (Sec. 4.2).
+"""Evaluation of TimeBalance: accuracies on the test videos, or the classes of any other videos.
 
-Takes run folders, of which it evaluates every classifier, or checkpoints. Prints a table in
-Markdown, and writes results.json and confusion.csv beside the checkpoints. If a folder holds both
-teachers, also the accuracy of their combination, by the mean and by TSTR. Of several folders (say,
-of different seeds) it prints mean and standard deviation.
+The prediction for a video is the mean over 10 clips and 3 scales (Sec. 4.2). If a folder holds both
+teachers, their combined prediction is evaluated, too: by the plain mean and by TSTR (Eq. 7).
 
-    python evaluate.py                                      # runs/toy
-    torchrun --nproc-per-node 4 evaluate.py runs/ucf101     # processes share the videos
-    python evaluate.py runs/toy-?                           # mean over runs
-    python evaluate.py --videos holiday.mp4 clips/ --checkpoint runs/ucf101/student.pt
-                                                            # the classes of any other videos
+Reads:  run folders, of which every classifier is evaluated, or checkpoints; the test videos.
+Writes: results.json and confusion.csv into the folder of the checkpoints.
+
+    python evaluate.py
+        All classifiers in runs/toy, in half a minute on a CPU. Prints chance, a table of accuracies
+        and the worst classes.
+    python evaluate.py runs/toy runs/toy-1
+        Also prints the mean and the standard deviation over these folders.
+    python evaluate.py --checkpoint runs/toy/student.pt --videos holiday.mp4 clips/
+        Prints the five most probable classes of each video. Writes runs/toy/predictions.json.
 """
 
 import argparse
@@ -48,17 +51,18 @@ def main(argv=None):
                         help="clips per video")
     parser.add_argument("--scales", nargs="+", type=ranged(float, 0.01, 1),
                         default=[1.0, 0.8, 0.7], metavar="X",
-                        help="sides of the centre crops, as shares of the short side")
+                        help="sides of the centre crops, as shares of the frame's short side "
+                        "(default: 1.0 0.8 0.7)")
     prediction = parser.add_argument_group("prediction, instead of accuracies")
     prediction.add_argument("--videos", nargs="+", metavar="FILE_OR_DIR",
                             help="print the most probable classes of these videos")
     prediction.add_argument("--checkpoint", type=Path, metavar="FILE",
-                            help="the classifier, or a run folder: its student.pt")
+                            help="the classifier; of a run folder, its student.pt")
     prediction.add_argument("--output", type=Path, metavar="FILE",
-                            help="write them to this .json or .csv file (default: predictions.json "
-                            "beside the checkpoint)")
+                            help="write the classes to this .json or .csv file (default: "
+                            "predictions.json in the checkpoint's folder)")
     prediction.add_argument("--topk", type=ranged(int, 1), default=5, metavar="K",
-                            help="classes per video")
+                            help="number of classes per video")
     args = parser.parse_args(argv)
     device = prepare(args)
     args.precision = args.precision or default_precision(args.device)

@@ -1,13 +1,19 @@
-"""Stage 2 of TimeBalance: both teachers learn the classes from the labelled videos (Sec. 3.1.2;
-Algorithm 1, lines 17-21).
+"""Stage 2 of TimeBalance: fine-tune both teachers on the labelled videos.
 
-Draws the labelled videos (--percent or --labeled-list) and writes their names to OUT/labeled.txt.
-Reads OUT/inv.pt and OUT/dist.pt, writes OUT/inv_ft.pt and OUT/dist_ft.pt. With --init none it
-trains the labelled-only baseline instead, from random weights: OUT/labeled_only.pt.
+The loss is the cross-entropy (Sec. 3.1.2; lines 17 to 21 of the paper's Algorithm 1). This stage
+also chooses the labelled videos, by --percent or --labeled-list.
 
-    python finetune.py                                  # after stage 1 on toy videos: seconds
-    python finetune.py --init none                      # the baseline
+Reads:  the labelled videos, OUT/inv.pt and OUT/dist.pt.
+Writes: OUT/inv_ft.pt and OUT/dist_ft.pt, with a log each, and OUT/labeled.txt, the names of the
+        labelled videos.
+
+    python finetune.py
+        After stage 1 on toy videos, in half a minute on a CPU. The accuracy on the 24 labelled
+        videos (train_accuracy) ends near 0.8.
+    python finetune.py --init none --lr 1e-3
+        The baseline from random weights, OUT/labeled_only.pt. It suits a higher learning rate.
     torchrun --nproc-per-node 4 finetune.py --data ucf101 --percent 5
+        After stage 1 on UCF101. 5 % of each class have a label.
 """
 
 from pathlib import Path
@@ -25,9 +31,10 @@ import torch.nn.functional as F
 def main(argv=None):
     parser = Parser(__doc__, parents=[shared_arguments("finetune")])
     parser.add_argument("--init", nargs="+", default=["inv.pt", "dist.pt"], metavar="CHECKPOINT",
-                        help="what to fine-tune, one after the other: file names in --pretrained, "
-                        "paths, or none for random weights")
-    parser.add_argument("--pretrained", metavar="DIR", help="folder of stage 1 (default: OUT)")
+                        help="checkpoints to fine-tune, one after the other: file names in "
+                        "--pretrained, or paths; none: random weights (default: inv.pt dist.pt)")
+    parser.add_argument("--pretrained", metavar="DIR",
+                        help="folder with the checkpoints of stage 1 (default: OUT)")
     args, device = start(parser, "finetune", argv)
     pretrained = {}
     for init in args.init:

@@ -1,12 +1,19 @@
-"""Stage 1a of TimeBalance: the temporally-invariant teacher (Sec. 3.1.1, Eq. 1; Algorithm 1, lines
-8-11).
+"""Stage 1a of TimeBalance: train the temporally-invariant teacher, without labels.
 
-Clips of one video are to agree, clips of different videos to differ. Reads the training videos and
-no label. Writes OUT/inv.pt: backbone, projection head, and each video's temporal similarity matrix
-(Eq. 5), which stage 3 weighs by.
+The loss L_I (Sec. 3.1.1, Eq. 1) makes clips of one video similar and clips of different videos
+different. The loop below is lines 8 to 11 of the paper's Algorithm 1.
 
-    python pretrain_inv.py                                       # toy videos: a minute on a CPU
-    torchrun --nproc-per-node 4 pretrain_inv.py --data ucf101    # four GPUs, 40 videos in all
+Reads:  the training videos.
+Writes: OUT/inv.pt, which holds the backbone, the projection head and the similarity matrix of each
+        video's clips (Eq. 5). Stage 2 fine-tunes the backbone. Stage 3 weighs by the matrices.
+        OUT/inv.log, a line of JSON for each epoch.
+
+    python pretrain_inv.py
+        On toy videos, in a minute on a CPU. The loss ends below its value at chance, 2.94.
+    python pretrain_inv.py --data folder --root my --arch r3d_18 --init ./r3d_18.pth
+        On your own videos, from public weights. The README has their address.
+    torchrun --nproc-per-node 4 pretrain_inv.py --data ucf101
+        The paper's recipe on four GPUs: 250 epochs, 40 videos a step, of which each GPU has 10.
 """
 
 import math
@@ -24,10 +31,10 @@ import torch
 def main(argv=None):
     parser = Parser(__doc__, parents=[shared_arguments("pretrain")])
     parser.add_argument("--temperature", type=ranged(float, 1e-3), default=0.1, metavar="X",
-                        help="tau of Eq. 1")
-    parser.add_argument("--init", metavar="FILE", help="start from these weights, public ones or a "
-                        "checkpoint, instead of random ones")
-    parser.add_argument("--name", default="inv", help="the checkpoint is OUT/NAME.pt")
+                        help="temperature tau of the loss, Eq. 1")
+    parser.add_argument("--init", metavar="FILE", help="initial weights: public ones or a "
+                        "checkpoint (default: random)")
+    parser.add_argument("--name", default="inv", help="write OUT/NAME.pt")
     args, device = start(parser, "pretrain", argv)
     settle(parser, "pretrain", args)
     if args.batch < 2:

@@ -1,14 +1,20 @@
-"""Stage 3 of TimeBalance: the student learns from the labels and from both teachers (Sec. 3.2;
-Algorithm 1, lines 22-26).
+"""Stage 3 of TimeBalance: train the student, from the labels and from both teachers.
 
-Reads OUT/inv_ft.pt and OUT/dist_ft.pt, from which it takes the data set, the network and the
-labelled videos, and OUT/dist.pt, from which the student starts. Writes OUT/student.pt.
+The student learns the labels of the labelled videos. On all videos it also learns the weighted mean
+of the teachers' predictions (Sec. 3.2, Eq. 2 to 8; lines 22 to 26 of the paper's Algorithm 1). The
+invariant teacher has the weight s of the video, the distinctive one 1 - s.
 
-    python train_student.py                               # after stages 1 and 2 on toy videos
+Reads:  all training videos, OUT/inv_ft.pt, OUT/dist_ft.pt and OUT/dist.pt, the student's initial
+        weights. The data set, the network and the labelled videos are those of the teachers.
+Writes: OUT/student.pt and OUT/student.log.
+
+    python train_student.py
+        After stages 1 and 2 on toy videos, in a minute on a CPU. It first prints the mean of s,
+        near 0.7. `agreement`, the share of videos on which both teachers say the same, is near 0.6.
+    python train_student.py --teachers none --init dist.pt --name student_alone_dist
+        The control: the same start and as many steps, but the labels alone.
     torchrun --nproc-per-node 4 train_student.py --data ucf101
-    python train_student.py --reweight mean --name student_mean    # both alike: table 2 (f)
-    python train_student.py --teachers none --init none --name student_alone
-                                     # the control: labels alone, for as many steps as the student
+        The paper's recipe on four GPUs, after stages 1 and 2 on UCF101.
 """
 
 import warnings
@@ -28,20 +34,21 @@ import torch.nn.functional as F
 def main(argv=None):
     parser = Parser(__doc__, parents=[shared_arguments("student")])
     parser.add_argument("--teachers", nargs="+", default=["inv_ft.pt", "dist_ft.pt"],
-                        metavar="CHECKPOINT", help="one or two: file names in OUT, or paths; none: "
-                        "train on the labels alone")
+                        metavar="CHECKPOINT", help="one or two teachers: file names in OUT, or "
+                        "paths; none: the labels alone (default: inv_ft.pt dist_ft.pt)")
     parser.add_argument("--init", default="dist.pt", metavar="CHECKPOINT",
-                        help="initial weights of the student: a file name in --pretrained, a path, "
-                        "or none for random weights")
-    parser.add_argument("--pretrained", metavar="DIR", help="folder of stage 1 (default: OUT)")
+                        help="initial weights of the student: a file name in --pretrained, or a "
+                        "path; none: random weights")
+    parser.add_argument("--pretrained", metavar="DIR",
+                        help="folder with the checkpoints of stage 1 (default: OUT)")
     parser.add_argument("--omega", type=ranged(float, 0), default=1.0, metavar="X",
-                        help="weight of the unsupervised loss")
+                        help="weight of the loss against the teachers, Eq. 2")
     parser.add_argument("--teacher-loss", choices=("l2", "kl", "js"), default="l2",
-                        help="distillation loss")
+                        help="distance between the teachers' and the student's predictions")
     parser.add_argument("--reweight", type=weighting, default="tstr", metavar="{tstr,mean,W}",
-                        help="weight of the first teacher: s of each video, one half, or a number "
-                        "from 0 to 1 for all videos")
-    parser.add_argument("--name", default="student", help="the checkpoint is OUT/NAME.pt")
+                        help="weight of the first teacher: s of each video (tstr), 0.5 (mean) or a "
+                        "number W from 0 to 1")
+    parser.add_argument("--name", default="student", help="write OUT/NAME.pt")
     args, device = start(parser, "student", argv)
     if len(set(args.teachers)) != len(args.teachers) or len(args.teachers) > 2:
         raise UserError("--teachers takes one or two different checkpoints, or none")

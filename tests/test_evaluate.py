@@ -1,4 +1,4 @@
-"""evaluate.py, and the scripts in figures/ that read its results."""
+"""evaluate.py, and the scripts in docs/ that read its results."""
 
 import argparse
 import contextlib
@@ -396,10 +396,10 @@ def test_a_checkpoint_of_another_stage_or_an_unfinished_one_names_the_script(cla
         tb.read_checkpoint(classifier, ["finetune"])
 
 
-# ---- figures/: differences with their intervals, and two figures of the paper --------------------
+# ---- docs/: differences with their intervals, and two figures of the paper -----------------------
 
 def script(name):
-    spec = importlib.util.spec_from_file_location(name, HERE / f"figures/{name}.py")
+    spec = importlib.util.spec_from_file_location(name, HERE / f"docs/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -439,7 +439,7 @@ def test_differences_within_runs(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def drawn(chain, tmp_path_factory):
-    """What figures/draw.py prints and draws of two runs, whose accuracies are random."""
+    """What docs/draw.py prints and draws of two runs, whose accuracies are random."""
     folder = tmp_path_factory.mktemp("drawn")
     teachers = [load(chain, name) for name in ("inv_ft", "dist_ft")]
     rng = np.random.default_rng(0)

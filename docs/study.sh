@@ -1,18 +1,19 @@
 #!/bin/sh
-# The paper's tables on toy videos: table 3 and the default student over twenty seeds, the other
-# rows over three. Each seed has other labelled videos, too. Begun again, it goes on. From the
-# repository's root:
+# The paper's tables on toy videos. Table 3, the default student and its controls have twenty seeds,
+# the other rows three. Each seed also has its own labelled videos. If the script is stopped, the
+# same command goes on. Run it from the root of the repository:
 #
-#     sh figures/study.sh                 # two seeds at a time; PROCESSES=8 for eight
+#     sh docs/study.sh                 # two seeds at a time; PROCESSES=8 for eight
 set -e
 export OMP_NUM_THREADS=1
 if [ $# = 0 ]; then
     python -c "import common; common.render_toy('data/study', test=1000)"
     seq 0 19 | xargs -P "${PROCESSES:-2}" -I{} sh "$0" {}
     torchrun --nproc-per-node "${PROCESSES:-2}" evaluate.py runs/study-* --clips 5 --scales 1
-    python figures/intervals.py runs/study-* \
-        --against labeled_only.pt student_random_alone.pt student_random_mean.pt student_mean.pt
-    python figures/draw.py runs/study-*
+    python docs/intervals.py runs/study-* \
+        --against labeled_only.pt student_alone_dist.pt student_random_alone.pt \
+        student_random_mean.pt student_mean.pt
+    python docs/draw.py runs/study-*
     exit
 fi
 
@@ -25,6 +26,7 @@ python finetune.py $run
 python finetune.py $run --root data/study --init none --lr 1e-3
 python train_student.py $run
 python train_student.py $run --name student_mean --reweight mean
+python train_student.py $run --init dist.pt --name student_alone_dist --teachers none --root data/study
 python train_student.py $run --init none --name student_random
 python train_student.py $run --init none --name student_random_mean --reweight mean
 python train_student.py $run --init none --name student_random_inv --teachers inv_ft.pt

@@ -1,9 +1,11 @@
-"""Differences of top-1 within run folders that evaluate.py has evaluated: mean and standard
-deviation over the folders, the 95 % interval of the mean (Student's t), and in how many folders the
-difference is above 0.
+"""Differences in top-1 between the rows of the same run folder.
 
-    python figures/intervals.py runs/study-* --against labeled_only.pt student_mean.pt
-    python figures/intervals.py figures/study/skate-?.json --against student_alone.pt
+Reads results.json of each folder, which evaluate.py writes. Prints, over all folders, the mean and
+the standard deviation of each difference, the 95 % interval of the mean (Student's t), and the
+number of folders in which the difference is above 0.
+
+    python docs/intervals.py runs/study-* --against labeled_only.pt student_mean.pt
+    python docs/intervals.py docs/study/seed-*.json --against student_random_alone.pt
 """
 
 import argparse

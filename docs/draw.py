@@ -1,7 +1,10 @@
-"""Figures 1 and 4 of the paper, from run folders that evaluate.py has evaluated: the two teachers
-class by class, mean over all folders, and the clips of three videos of the first.
+"""Figures 1 and 4 of the paper, for your own run folders.
 
-    python figures/draw.py runs/study-*       # writes classes.png and similarity.png beside itself
+Reads results.json, which evaluate.py writes, and both teachers of each folder. Writes classes.png,
+the difference of the two teachers in each class (mean over all folders), and similarity.png, the
+clips and similarity matrices of three videos of the first folder.
+
+    python docs/draw.py runs/study-*       # writes both pictures into docs/
 """
 
 import argparse
