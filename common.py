@@ -1320,11 +1320,14 @@ def join_processes(device):
                         f"{', '.join(needed)}: unset them, or use torchrun")
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     if nodes > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        # After a restart torchrun gives the nodes different prefixes in its store.
+        # The nodes count restarts differently, and nothing else tells them the new start apart.
         raise UserError("--max-restarts works on one node: leave it out, and give the same command "
                         "again after a failure")
+    store, place, size = next(dist.rendezvous("env://"))
+    # After a restart the store still holds the addresses of the dead processes.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        "nccl" if device.type == "cuda" else "gloo", store=store, rank=place, world_size=size,
         # Processes wait for the slowest one's part of a pass over all videos, and for rank 0.
         timeout=timedelta(hours=2), device_id=device if device.type == "cuda" else None)
 
