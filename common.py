@@ -3,9 +3,9 @@
     losses and TSTR - models and public weights - video: decoding, clips, augmentation
     data sets, labelled subset, toy videos - training - passes over videos, and arguments
 
-The first four rooms take tensors, paths and plain numbers alone: any function or class of them can
-be copied into other code with the few names that it calls. The last two know of processes,
-arguments and checkpoints."""
+The first four rooms take only tensors, paths and plain numbers: you can copy any function or class
+of them into other code, with the few names that it calls. The last two know of processes, arguments
+and checkpoints."""
 
 import argparse
 import contextlib
@@ -478,7 +478,7 @@ def load_backbone(model, saved):
         raise ValueError(f"found no weights, not under {', '.join(places)} either")
     weights = {without_prefixes(name): w for name, w in named.items()}
     if len(weights) < len(named):
-        raise ValueError("found several networks: save the weights of one alone")
+        raise ValueError("found several networks: save the weights of only one")
     own = {k: w for k, w in model.state_dict().items() if not k.startswith(CLASSIFIERS)}
     fitting = {}
     for key, weight in own.items():
@@ -1126,8 +1126,8 @@ def render_toy(root, train=400, test=200, seed=0):
     """Write the toy videos as MPEG-4 files in UCF101's layout, unless toy.json says that all are
     there; UserError if the folder holds anything else.
 
-    The frames depend on the seed alone. Every file is complete or absent, so what was begun is
-    finished."""
+    The frames depend only on the seed. Every file is complete or absent, so a rendering that was
+    interrupted goes on."""
     root = Path(root)
     done = root / "toy.json"
     settings = {"version": 2, "train": train, "test": test, "seed": seed}
@@ -1210,8 +1210,8 @@ class TrainingError(UserError):
 
 
 def print0(*text):
-    """Print above the progress bar, from torchrun's first process alone; what the terminal's
-    encoding has not, as a file's name may, as an escape."""
+    """Print above the progress bar, in torchrun's first process only. Characters that the terminal
+    cannot encode, as a file's name may have, are escaped."""
     if os.environ.get("RANK", "0") == "0":
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         line = " ".join(map(str, text))
@@ -1336,8 +1336,9 @@ class BatchNorm(_BatchNorm):
     """nn.BatchNorm1d to 3d whose training statistics are those of the clips of all processes, each
     of which has equally many.
 
-    nn.SyncBatchNorm does the same on GPUs alone, and waits for them, to leave out processes without
-    clips. One process on a CPU, and compiled code of one process, take torch's own operation."""
+    nn.SyncBatchNorm does the same, but only on GPUs, and the host waits for them: it leaves out
+    processes without clips. One process on a CPU, and compiled code of one process, use torch's own
+    operation."""
 
     @classmethod
     def convert(cls, module):
@@ -1531,8 +1532,8 @@ def shuffled(seed, pool, epoch, count):
 
 
 class Batches:
-    """The videos of each training step. They depend on (seed, epoch, step) alone, so any number of
-    workers gives the same, and a run that goes on needs no state.
+    """The videos of each training step. They depend only on (seed, epoch, step), so any number of
+    workers gives the same videos, and a run that goes on needs no state.
 
     frames: of each video. steps: of an epoch; by default one pass over the first pool. A video that
     cannot be decoded is named, and another of its pool, which is not in the batch, replaces it and
@@ -1545,8 +1546,8 @@ class Batches:
         self.workers = args.workers
         self.device = device
         self.unreadable = {}  # id: reason
-        self.replaced = 0  # videos of this process, since Meter took the number
-        self.short = 0  # those with fewer frames than `span`, likewise
+        self.replaced = 0  # unreadable videos of this process since Meter last read the number
+        self.short = 0  # the same for videos with fewer frames than `span`
         if steps is None:
             passes = len(pools[0].ids) / pools[0].batch
             steps = math.ceil(passes) if pools[0].cycle else int(passes)
@@ -1977,7 +1978,7 @@ def peak_memory(device):
 
 
 def write_bytes(path, content):
-    """write_atomically, on rank 0 alone, for what is already there as bytes."""
+    """write_atomically for bytes, in the first process only."""
     if rank() == 0:
         write_atomically(path, lambda file: file.write(content))
 
@@ -2230,7 +2231,7 @@ def nearest_neighbours(backbone, videos, ids, args, device):
 def report_neighbours(model, videos, labeled, args, device):
     """Print nearest_neighbours of a model beside those of an untrained one and chance."""
     counts = np.bincount(videos.labels[labeled])
-    ids = labeled[counts[videos.labels[labeled]] > 1]  # one alone in its class can have no match
+    ids = labeled[counts[videos.labels[labeled]] > 1]  # the only one of its class has no match
     ids = ids[::max(1, len(ids) // 2000)]
     counts = np.bincount(videos.labels[ids])
     if len(ids) < 2:
