@@ -501,6 +501,16 @@ def load_backbone(model, saved):
 # ==== Video: decoding, clips, augmentation ========================================================
 # decode_frames, clip_indices, spaced_clips, draw, augment_clips, centre_crop, to_input
 SEEKABLE = {"avi", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"}  # have an index: seeking is exact
+SHOWS_FRAME = {  # whether a packet shows a frame, as its first bytes say, by codec
+    "av1": lambda data: data[0] & 0x78,
+    "h264": lambda data: 0 < int.from_bytes(data[:4], "big") <= len(data) - 4,  # its first unit
+    "hevc": lambda data: 0 < int.from_bytes(data[:4], "big") <= len(data) - 4,
+    "mjpeg": bool,
+    "mpeg4": lambda data: data[:3] == b"\0\0\1" and len(data) > 8,  # a shorter one: no change
+    "prores": bool,
+    "vp8": lambda data: data[0] & 16,  # alternate reference frames are not shown
+    "vp9": lambda data: data[0] & 10 or data[-1] >> 5 == 6,  # 6: several frames, one is shown
+}
 DECODE_ERRORS = (av.FFmpegError, OSError, ValueError, IndexError)  # what a damaged file can raise
 # HMDB51 has metadata that is not UTF-8, which PyAV below 19 takes for an error.
 OPEN = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
@@ -524,39 +534,31 @@ def decode_frames(path, indices, short_side=None):
 
     path: a file of any format that FFmpeg reads.
     indices: from 0, in any order, repeated or not; or a function from the count of frames to them.
-        Files do not know their count of frames: the function is called with the count of packets,
-        and again with the true count where fewer frames come out (HMDB51's files hold a packet too
-        many, truncated files more).
+        Files do not know their count of frames: the function is called with the count of packets
+        that show one, and again with the true count where it asks for a frame that does not come
+        out (HMDB51's files hold a packet too many, truncated files more).
     short_side: scale frames down, never up, to this many pixels on their shorter side.
 
     Returns torch.uint8 (len(indices), H, W, 3), RGB, upright: what a full decode gives there.
     IndexError for a frame past the end; av.FFmpegError, OSError or ValueError for a file that
-    cannot be decoded."""
+    cannot be decoded. Memory: that of the frames returned and about 200 bytes a packet."""
     container, stream = open_video(path)
     with container:
-        # About 1 ms: decodes nothing.
-        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
-        wanted = [int(i) for i in (indices(len(packets)) if callable(indices) else indices)]
-        if min(wanted, default=-1) < 0:
+        timestamps, keyframes = list_packets(container, stream)
+        wanted = indices(len(timestamps)) if callable(indices) else indices
+        wanted = np.array([int(i) for i in wanted], int)
+        first = min(wanted, default=-1)
+        if first < 0:
             raise IndexError(f"frames {wanted} asked for")
-        # A frame's index is the rank of its timestamp. Not so in AVI with B-frames (XviD and DivX,
-        # so much of UCF101 and all of HMDB51), whose timestamps are not in order, nor where the
-        # file begins in the middle of a group.
-        pts = [p.pts for p in packets]
-        b_frames_in_avi = container.format.name == "avi" and stream.codec_context.has_b_frames
-        starts_clean = (packets and None not in pts and packets[0].is_keyframe
-                        and pts[0] == min(pts))
-        if container.format.name in SEEKABLE and starts_clean and not b_frames_in_avi:
-            index = {t: i for i, t in enumerate(sorted(pts))}
-            keyframes = [p.pts for p in packets if p.is_keyframe]
-            container.seek(max(t for t in keyframes if index[t] <= min(wanted)), stream=stream)
-            indexed = ((index.get(frame.pts), frame) for frame in decode(container, stream))
-            frames, _ = pick_frames(indexed, wanted, short_side)
-            if frames is not None:
-                return frames
-    container, stream = open_video(path)  # count from the start
-    with container:
-        frames, count = pick_frames(enumerate(decode(container, stream)), wanted, short_side)
+        frames = None
+        if keyframes:
+            start = max(i for i in keyframes if i <= first)
+            frames = seek(container, stream, keyframes[start], timestamps[start:])
+            frames, _ = pick_frames(frames, start, wanted, short_side)
+    if frames is None:  # count from the start
+        container, stream = open_video(path)
+        with container:
+            frames, count = pick_frames(decode(container.demux(stream)), 0, wanted, short_side)
     if frames is not None:
         return frames
     if not count:
@@ -566,47 +568,94 @@ def decode_frames(path, indices, short_side=None):
     raise IndexError(f"frame {max(wanted)} asked for, the video has {count}")
 
 
-def decode(container, stream):
-    """All frames from here on. A damaged packet yields none and ends nothing, as in players."""
+def list_packets(container, stream):
+    """(timestamps of the packets that show a frame, {index: position in the file} of the key frames
+    to seek to), in about 1 ms: only the first packet is decoded.
+
+    Behind a seek the timestamps alone tell which frame is which. So there is no key frame to seek
+    to unless every packet is whole, is one frame and has its own timestamp, and the first is a key
+    frame and the earliest. The B-frames of XviD and DivX (much of UCF101 and all of HMDB51) are out
+    of order in AVI, as those of other codecs, and in any format two frames may share a packet."""
+    codec = stream.codec.canonical_name
+    reordered = stream.codec_context.has_b_frames and (
+        container.format.name == "avi" or codec == "mpeg4")
+    exact = container.format.name in SEEKABLE and codec in SHOWS_FRAME and not reordered
+    shows_frame = SHOWS_FRAME[codec] if exact else bool
+    timestamps = []  # not the packets: they hold the data of the whole file
+    positions = {}
     for packet in container.demux(stream):
+        if exact and not timestamps:
+            list(decode([packet]))  # it alone may bring tables, which the decoder keeps over a seek
+        if not packet.size or packet.is_discard:
+            continue
+        data = bytes(packet)
+        shown = shows_frame(data)
+        hole = packet.is_corrupt or bytes(32) in data  # codecs write no long run of zeros
+        if not shown or hole or packet.has_sidedata("new_extradata"):
+            exact = False
+        if shown:
+            timestamps.append(packet.pts)
+            if packet.is_keyframe:
+                positions[packet.pts] = packet.pos
+    order = sorted(set(timestamps) - {None})
+    exact = exact and len(order) == len(timestamps)
+    if exact and timestamps[:1] == order[:1] == list(positions)[:1]:
+        return order, {i: positions[t] for i, t in enumerate(order) if t in positions}
+    return timestamps, {}
+
+
+def seek(container, stream, position, timestamps):
+    """The frames from a key frame on, as long as they prove the seek: the first comes from the very
+    packet and is a key frame indeed; each has the next timestamp and is whole, not of two fields."""
+    with contextlib.suppress(av.FFmpegError):  # the file's own index may know no key frame
+        container.seek(timestamps[0], stream=stream)
+    packets = itertools.dropwhile(lambda packet: packet.pos != position, container.demux(stream))
+    frames = itertools.dropwhile(lambda frame: not frame.key_frame, decode(packets))
+    for frame, timestamp in zip(frames, timestamps):
+        if frame.pts != timestamp or frame.is_corrupt or frame.interlaced_frame:
+            return
+        yield frame
+
+
+def decode(packets):
+    """All their frames. A damaged packet yields none and ends nothing, as in players."""
+    for packet in packets:
         with contextlib.suppress(av.error.InvalidDataError):
             yield from packet.decode()
 
 
-def pick_frames(indexed_frames, wanted, short_side):
-    """Of (index, frame) pairs in rising order the wanted ones: (uint8 (T, H, W, 3), None if one is
-    missing; count of frames seen).
-
-    Stops behind the last wanted frame, and at a gap: indices behind it are not a full decode's."""
-    places = {}
-    for place, index in enumerate(wanted):
-        places.setdefault(index, []).append(place)
+def pick_frames(frames, index, wanted, short_side):
+    """(uint8 (T, H, W, 3) of the wanted frames, None if one is missing; count of frames so far).
+    index: that of the first frame. Stops behind the last wanted one."""
+    missing = set(wanted.tolist())
     out = None
-    count = 0
-    last = max(wanted)
     # One for all frames: PyAV's default is one for each, 4 times slower.
     scaler = av.video.reformatter.VideoReformatter()
-    for index, frame in indexed_frames:
-        if index is None or (count and index != count):
-            return None, 0
-        count = index + 1
-        if index in places:
+    for frame in frames:
+        if index in missing:
             if out is None:  # the first frame settles the size, should it change within the file
-                scale = 1
-                if short_side:
-                    scale = min(1, short_side / min(frame.height, frame.width))
+                scale = min(1, (short_side or math.inf) / min(frame.height, frame.width))
                 height = round(frame.height * scale)
                 width = round(frame.width * scale)
-                quarter_turns = round(frame.rotation / 90) % 4
-                upright = (width, height) if quarter_turns % 2 else (height, width)
-                out = np.empty((len(wanted), *upright, 3), np.uint8)
             rgb = scaler.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
-            if quarter_turns:  # the call alone costs a tenth of the decoding
-                rgb = np.rot90(rgb, quarter_turns)
-            out[places.pop(index)] = rgb
-        if index == last:
-            break
-    return (None if places else torch.from_numpy(out)), count
+            rgb = turn_upright(rgb, frame.side_data.get("DISPLAYMATRIX"))
+            if out is None:
+                out = np.empty((len(wanted), *rgb.shape), np.uint8)
+            out[wanted == index] = rgb
+            missing.remove(index)
+        index += 1
+        if not missing:
+            return torch.from_numpy(out), index
+    return None, index
+
+
+def turn_upright(picture, matrix):
+    """Turn and mirror a picture (H, W, C) to the nearest quarter turn, as players do. Its display
+    matrix maps (x, y) to (a x + c y, b x + d y)."""
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] if matrix else (1, 0, 0, 0, 1)
+    if abs(b) > abs(a):
+        picture, a, d = picture.swapaxes(0, 1), c, b
+    return picture[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
 
 
 def clip_span(frames, stride):
