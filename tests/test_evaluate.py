@@ -17,7 +17,7 @@ import torch
 
 import common as tb
 import evaluate
-from test_common import EVALUATE, EVALUATED, HERE, full_decode, load, read_results
+from test_common import EVALUATE, HERE, full_decode, load, read_results
 
 CPU = torch.device("cpu")
 
@@ -153,22 +153,6 @@ def test_teachers_are_combined_by_the_similarity_of_the_test_video(chain, toy):
         assert rows["teachers, TSTR"][i].allclose(s * p[0, i] + (1 - s) * p[1, i], atol=1e-4)
 
 
-def test_stage_1_is_found_beside_teachers_that_moved(chain, tmp_path, capsys):
-    for name in ("inv", "dist", "inv_ft", "dist_ft"):
-        saved = load(chain, name)
-        saved["args"] |= {"out": "gone", "pretrained": None}
-        torch.save(saved, tmp_path / f"{name}.pt")
-    evaluate.main([str(tmp_path), *EVALUATE])
-    before = {r["checkpoint"]: r["per_class"] for r in read_results(chain)[1:5]}
-    assert {r["checkpoint"]: r["per_class"] for r in read_results(tmp_path)} == before
-
-    (tmp_path / "inv.pt").unlink()
-    evaluate.main([str(tmp_path), *EVALUATE])
-    assert [r["checkpoint"] for r in read_results(tmp_path)] == EVALUATED[1:4]
-    printed = capsys.readouterr().out
-    assert "no row for TSTR" in printed and "inv.pt: no such checkpoint; pretrain_inv.py" in printed
-
-
 # ---- Prediction ----------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -264,15 +248,6 @@ def test_a_missing_or_damaged_checkpoint_names_its_script(name, command, tmp_pat
         path.write_text("damaged")
 
 
-def test_a_checkpoint_of_another_stage_or_an_unfinished_one_names_the_script(classifier, tmp_path):
-    with pytest.raises(tb.UserError, match="found a checkpoint of train_student.py, "
-                                           "expected one of pretrain_inv.py"):
-        tb.read_checkpoint(classifier, ["pretrain_inv", None])
-    save_classifier(classifier, tmp_path / "data", finished=False, epoch=3)
-    with pytest.raises(tb.UserError, match=r"unfinished \(epoch 3 of 7\);.* finetune.py goes on"):
-        tb.read_checkpoint(classifier, ["finetune"])
-
-
 # ---- docs/: differences with their intervals, and two figures of the paper -----------------------
 
 def script(name):
@@ -280,16 +255,6 @@ def script(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.mark.parametrize("n, t", [(2, 12.7062), (4, 3.1824), (31, 2.0423)])
-def test_intervals_are_student_s(n, t):
-    """t from a printed table; the values are so large that four of its digits count."""
-    values = 1000 * np.random.default_rng(n).normal(size=n)
-    half = t * statistics.stdev(values) / math.sqrt(n)
-    low, high = map(float, script("intervals").interval(values).split(" to "))
-    assert low == pytest.approx(np.mean(values) - half, abs=0.06 + 2e-4 * half)
-    assert high == pytest.approx(np.mean(values) + half, abs=0.06 + 2e-4 * half)
 
 
 def test_differences_within_runs(tmp_path, capsys, complaint):

@@ -14,13 +14,6 @@ from conftest import folder_flags
 from test_common import full_decode, load, moving_frames, read_log, run_stage, write_video
 
 
-def test_a_warm_up_as_long_as_the_run_is_told_and_logged(toy, tmp_path, capsys):
-    run_stage("inv", toy, tmp_path, "--warmup", 2)
-    assert "--warmup 2 is not shorter than --epochs 2" in capsys.readouterr().err
-    first_epoch = read_log(tmp_path, "inv")[1]
-    assert any("--warmup 2" in line for line in first_epoch["warnings"])
-
-
 def test_nearest_neighbours_stand_beside_an_untrained_network_and_chance(chain, toy, tmp_path,
                                                                          capsys):
     """What finetune.py prints of them, against a loop over the features of stage 1."""
@@ -87,12 +80,6 @@ def test_stage_1_starts_from_given_weights(stage, toy, tmp_path, capsys, complai
         assert name.startswith("fc.") or torch.equal(saved[name], weight), name
     # without them it is another run
     assert "init" in complaint(run_stage, stage, toy, tmp_path, "--lr", 0)
-
-
-def test_torchrun_s_variables_left_alone_are_told(toy, tmp_path, monkeypatch, complaint):
-    monkeypatch.setenv("RANK", "1")
-    error = complaint(run_stage, "inv", toy, tmp_path)
-    assert "RANK" in error and "torchrun" in error
 
 
 def test_settings_can_be_pasted_back(toy, tmp_path, capsys):

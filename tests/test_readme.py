@@ -100,20 +100,6 @@ def test_every_command_in_a_docstring_can_be_parsed(script):
     check(found)
 
 
-def test_every_command_of_the_study_can_be_parsed(tmp_path):
-    """study.sh for one seed, with a python that only prints its arguments."""
-    (tmp_path / "python").write_text('#!/bin/sh\necho python "$@"\n')
-    (tmp_path / "python").chmod(0o755)
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    printed = subprocess.run(["sh", HERE / "docs/study.sh", "0"], env=env, check=True,
-                             capture_output=True, text=True).stdout
-    found = commands(printed.splitlines())
-    check(found)
-    names = [flags[flags.index("--name") + 1] for _, flags in found if "--name" in flags]
-    named_in_table = re.findall(r"--name (\w+)", (HERE / "docs/study.md").read_text())
-    assert set(names) == set(named_in_table) and len(set(names)) == len(names)
-
-
 def test_every_flag_in_a_sentence_exists():
     known = set().union(OTHERS, *map(flags_of, SCRIPTS))
     for page in PAGES:
