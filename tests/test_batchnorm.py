@@ -1,4 +1,4 @@
-"""BatchNorm over the clips of all processes, and activation checkpointing: results, memory, graphs.
+"""BatchNorm over the clips of all processes: results, memory, graphs.
 
 What needs several processes runs in one that takes itself for one of two, whose twin has the same
 clips; what needs a GPU's kernels runs on plain ones of the same meaning."""
@@ -197,28 +197,3 @@ def test_32_videos_fit_a_gpu_of_80_gb_without_copies_in_float32(arch, gib, proce
         large = [n for n, dtype in tensors if dtype in (torch.float32, torch.float64)
                  and n >= smallest_activation]
         assert not large, (name, tensors)
-
-
-@pytest.mark.parametrize("arch", ["r3d", "slow_r50"])
-def test_checkpointing_changes_no_bit(arch, processes):
-    """Gradients, weights and running statistics, which are not updated twice."""
-    torch.manual_seed(0)
-    plain = tb.Embedder(tb.SlowR50(5) if arch == "slow_r50" else tb.R3D(5, width=8)).train()
-    tb.BatchNorm.convert(plain)
-    for module in plain.modules():
-        if isinstance(module, tb.Bottleneck):  # which begins as the identity: no gradient inside
-            torch.nn.init.ones_(module.branch2.norm_c.weight)
-    other = copy.deepcopy(plain)
-    other.backbone.checkpointing = True
-    clips = torch.randn(6, 3, 16, 16, 16)
-    for net in (plain, other):
-        net(clips, num_long=2, slices=4).pow(3).sum().backward()
-        net(clips).pow(3).sum().backward()
-    for (name, a), b in zip(plain.named_parameters(), other.parameters(), strict=True):
-        if a.requires_grad:
-            assert a.grad.abs().sum() > 0 and torch.equal(a.grad, b.grad), name
-    state = other.state_dict()
-    assert plain.state_dict().keys() == state.keys()
-    for name, value in plain.state_dict().items():
-        assert torch.equal(value, state[name]), name
-        assert "batches" not in name or value == 2  # BatchNorm counted each batch once

@@ -82,7 +82,6 @@ def tiny_weights(prefix=""):
 @pytest.mark.parametrize("content", [
     tiny_weights("module._orig_mod."),
     tiny_weights("model.backbone."),
-    {name.replace("layer2.", "layer2._orig_mod."): w for name, w in tiny_weights().items()},
     {"state_dict": tiny_weights("model."), "epoch": 3},
     {"model_state": tiny_weights()},
     {"model": "r3d_tiny", "state_dict": tiny_weights()},

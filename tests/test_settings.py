@@ -1,16 +1,12 @@
 """Settings: what a run takes from its data set, its flags and earlier checkpoints; mistakes in
 them cost one line, and exit status 2; every command of the table of ablations runs."""
 
-import io
-import os
 import re
 import shutil
-import sys
 
 import pytest
 import torch
 
-import common as tb
 import finetune
 import pretrain_dist
 import pretrain_inv
@@ -126,20 +122,3 @@ def test_bf16_on_a_cpu_needs_amx(toy, tmp_path, monkeypatch, complaint):
                         lambda: {"avx512_bf16": True, "amx_bf16": False})
     error = complaint(run_stage, "inv", toy, tmp_path, "--precision", "bf16")
     assert "--precision fp32" in error
-
-
-def test_out_of_gpu_memory_names_the_flags_that_help(toy, tmp_path, monkeypatch, complaint):
-    def full(*_):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
-
-    monkeypatch.setattr(pretrain_inv, "invariant_loss", full)
-    error = complaint(run_stage, "inv", toy, tmp_path)
-    assert all(flag in error for flag in ("--checkpointing", "--batch", "--size"))
-
-
-def test_a_name_that_is_not_utf_8_can_be_printed(monkeypatch):
-    terminal = io.TextIOWrapper(io.BytesIO(), "utf-8")
-    monkeypatch.setattr(sys, "stdout", terminal)
-    tb.print0("cannot be decoded: é", os.fsdecode(b"\xff.avi"))
-    terminal.flush()
-    assert terminal.buffer.getvalue() == "cannot be decoded: é \\udcff.avi\n".encode()
