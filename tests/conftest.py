@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_common import (  # noqa: fixtures, too; before torch, whose threads it settles
-    CHECKPOINTS, STAGES, chain, load, read_log, stage_argv, toy)
+    CHECKPOINTS, STAGES, TINY, chain, load, read_log, stage_argv, toy)
 
 import torch
 
@@ -34,6 +34,26 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def complaint(capsys):
+    """A function that calls another, which ends in an error -> its one line on stderr."""
+    def call(function, *args, status=2):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            function(*args)
+        error = capsys.readouterr().err.strip()
+        assert end.value.code == status and "\n" not in error, error
+        return error
+
+    return call
+
+
+def folder_flags(root):
+    """Of a stage on videos of one's own, whose checkpoints go into out/ beside them."""
+    return [*TINY, "--data", "folder", "--root", str(root), "--arch", "r3d_tiny",
+            "--out", str(root / "out")]
 
 
 def earlier_checkpoints(chain, out, stage):

@@ -1,7 +1,6 @@
 """evaluate.py, and the scripts in docs/ that read its results."""
 
 import argparse
-import contextlib
 import csv
 import importlib.util
 import io
@@ -9,23 +8,16 @@ import json
 import math
 import os
 import re
-import select
 import shutil
 import statistics
-import subprocess
-import sys
-import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import common as tb
 import evaluate
-import train_student
-from test_common import EVALUATE, EVALUATED, HERE, full_decode, load, read_results, run_stage
+from test_common import EVALUATE, HERE, full_decode, load, read_results
 
 CPU = torch.device("cpu")
 
@@ -59,16 +51,6 @@ def cells(text, name):
     """The cells of the last row of a printed table that begins with a name."""
     row = [line for line in text.splitlines() if line.startswith(f"| {name} ")][-1]
     return [cell.strip() for cell in row.split("|")[1:-1]]
-
-
-def mistake(module, *argv, capsys):
-    """The one line on stderr that a mistake costs."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        module.main(list(map(str, argv)))
-    error = capsys.readouterr().err.strip()
-    assert end.value.code == 2 and "\n" not in error, error
-    return error
 
 
 # ---- The table, results.json and confusion.csv ---------------------------------------------------
@@ -146,120 +128,29 @@ def test_accuracy_counts_what_the_model_says(chain, toy):
     assert result["top1"] == pytest.approx(np.mean(list(right.values())))
 
 
-def test_a_video_is_decoded_once_for_all_that_see_the_same_clips(chain, toy, tmp_path, capfd):
-    """A broken video is named once in each pass: labeled_only.pt; the others; C of two teachers."""
-    shutil.copytree(chain, tmp_path / "run")
-    shutil.copytree(toy, tmp_path / "toy")
-    run_stage("labeled_only", toy, tmp_path / "run", "--restart", "--frames", 4)
-    broken = tb.read_videos("toy", tmp_path / "toy", False).path(3)
-    with open(broken, "w") as file:
-        file.write("broken")
-    evaluate.main([str(tmp_path / "run"), "--root", str(tmp_path / "toy"), *EVALUATE])
-    assert capfd.readouterr().err.count(f"warning: {broken}") == 2 + 2
-    together = read_results(tmp_path / "run")
-    assert sorted(r["checkpoint"] for r in together) == sorted(EVALUATED)
-    evaluate.main([str(tmp_path / "run/student.pt"), "--root", str(tmp_path / "toy"), *EVALUATE])
-    alone, = read_results(tmp_path / "run")
-    assert {**alone, "seconds": 0} == {**together[-1], "seconds": 0}
-
-
 # ---- Both teachers together ----------------------------------------------------------------------
 
-@pytest.fixture
-def teachers(chain):
-    return {name: load(chain, name[:-3]) for name in evaluate.TEACHERS}
-
-
-def combine(teachers, chain, toy):
-    """Random probabilities of both teachers, (2, 8, 8), and the rows that combine them."""
-    p = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(0)).softmax(2)
-    args = argparse.Namespace(workers=0, precision="fp32")
-    videos = tb.read_videos("toy", toy, False)
-    p_inv, p_dist = map(dict, map(enumerate, p))
-    return p, evaluate.combine_on_test_videos(p_inv, p_dist, teachers, chain, videos, args, CPU)
-
-
-def test_teachers_are_combined_by_the_similarity_of_the_test_video(teachers, chain, toy):
+def test_teachers_are_combined_by_the_similarity_of_the_test_video(chain, toy):
     """Eq. 7, with s from the networks of stage 1 on the middle of each test video."""
     videos = tb.read_videos("toy", toy, False)
-    p, rows = combine(teachers, chain, toy)
+    teachers = {name: load(chain, name[:-3]) for name in evaluate.TEACHERS}
+    p = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(0)).softmax(2)
+    p_inv, p_dist = map(dict, map(enumerate, p))
+    args = argparse.Namespace(workers=0, precision="fp32")
+    rows = evaluate.combine_on_test_videos(p_inv, p_dist, teachers, chain, videos, args, CPU)
+    embedders = [tb.load_embedder(load(chain, name), CPU) for name in ("inv", "dist")]
     for i in range(8):
         first = (len(full_decode(videos.path(i))) - 15) // 2
         clip = tb.decode_frames(videos.path(i), range(first, first + 16), short_side=20)
+        clips = [tb.centre_crop(half, 16) for half in clip.split(8)]
         s = 0
-        for name in ("inv", "dist"):
-            embedder = tb.load_embedder(load(chain, name), CPU)
+        for embedder in embedders:
             with torch.no_grad():
-                clips = [tb.centre_crop(half, 16) for half in clip.split(8)]
                 a, b = embedder(tb.to_input(clips, embedder.backbone))
             s += float(a @ b) / 2
         s = min(1, max(0, s))
         assert rows["teachers, mean"][i].allclose((p[0, i] + p[1, i]) / 2)
         assert rows["teachers, TSTR"][i].allclose(s * p[0, i] + (1 - s) * p[1, i], atol=1e-4)
-
-
-def test_a_test_video_that_breaks_off_has_the_teachers_mean(teachers, chain, toy, monkeypatch):
-    """Its clips can be decoded, not those in its middle."""
-    measure = evaluate.video_similarity
-
-    def without_the_third(*args):
-        rows, unreadable = measure(*args)
-        del rows[2]
-        return rows, unreadable
-
-    monkeypatch.setattr(evaluate, "video_similarity", without_the_third)
-    mean, tstr = combine(teachers, chain, toy)[1].values()
-    assert [i for i in range(8) if mean[i].equal(tstr[i])] == [2]
-
-
-def test_teachers_that_see_different_clips_or_videos_are_combined_too(chain, toy, tmp_path):
-    """Measured on their own test videos, not on the student's."""
-    shutil.copytree(chain, tmp_path / "run")
-    shutil.copytree(toy, tmp_path / "few")
-    listed = tmp_path / "few/ucfTrainTestlist/testlist01.txt"
-    listed.write_text("".join(listed.read_text().splitlines(keepends=True)[:-2]))
-    for name, change in [("inv_ft", {"frames": 4}), ("student", {"root": str(tmp_path / "few")})]:
-        saved = load(chain, name)
-        saved["args"] |= change
-        torch.save(saved, tmp_path / f"run/{name}.pt")
-    evaluate.main([str(tmp_path / "run"), *EVALUATE])
-    *others, student = read_results(tmp_path / "run")
-    assert sorted(r["checkpoint"] for r in others) == sorted(EVALUATED[:-1])
-    assert student["videos"] == 6 and {r["videos"] for r in others} == {8}
-
-
-def test_stage_1_is_found_beside_teachers_that_moved(chain, tmp_path, capsys):
-    for name in ("inv", "dist", "inv_ft", "dist_ft"):
-        saved = load(chain, name)
-        saved["args"] |= {"out": "gone", "pretrained": None}
-        torch.save(saved, tmp_path / f"{name}.pt")
-    evaluate.main([str(tmp_path), *EVALUATE])
-    before = {r["checkpoint"]: r["per_class"] for r in read_results(chain)[1:5]}
-    assert {r["checkpoint"]: r["per_class"] for r in read_results(tmp_path)} == before
-
-    (tmp_path / "inv.pt").unlink()
-    evaluate.main([str(tmp_path), *EVALUATE])
-    assert [r["checkpoint"] for r in read_results(tmp_path)] == EVALUATED[1:4]
-    printed = capsys.readouterr().out
-    assert "no row for TSTR" in printed and "inv.pt: no such checkpoint; pretrain_inv.py" in printed
-
-
-def test_stage_1_with_different_clips_costs_one_line(chain, toy, tmp_path, capsys):
-    shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "student.pt").unlink()
-    for name in ("inv_ft", "dist", "dist_ft"):
-        saved = load(chain, name)
-        if name != "inv_ft":
-            saved["similarity"] = torch.ones(24, 3, 3)
-        saved["args"]["out"] = str(tmp_path)
-        torch.save(saved, tmp_path / f"{name}.pt")
-    evaluate.main([str(tmp_path), *EVALUATE])
-    assert [r["checkpoint"] for r in read_results(tmp_path)] == EVALUATED[:4]
-    reason = "inv_ft.pt and dist_ft.pt come from stage 1 with --clips 2 and 3"
-    assert f"no row for TSTR: {reason}" in capsys.readouterr().out
-    flags = ["--root", toy, "--out", tmp_path, "--device", "cpu"]
-    error = mistake(train_student, *flags, "--epochs", 1, "--batch", 4, capsys=capsys)
-    assert reason in error and "--reweight mean" in error
 
 
 # ---- Prediction ----------------------------------------------------------------------------------
@@ -272,24 +163,18 @@ def classifier(toy, tmp_path):
     return tmp_path / "student.pt"
 
 
-@pytest.fixture
-def clips(toy, tmp_path):
-    """A folder with a toy video under an odd name, and a broken one."""
-    (tmp_path / "clips/deep").mkdir(parents=True)
-    shutil.copy(tb.read_videos("toy", toy, False).path(0), tmp_path / "clips/deep/a: #1, é.avi")
-    (tmp_path / "clips/z.avi").write_text("broken")
-    return tmp_path / "clips"
-
-
 P = [math.exp(-k) / (1 + math.exp(-1) + math.exp(-2)) for k in range(3)]  # of the classifier above
 
 
 @pytest.mark.parametrize("flags, file, count", [
     ([], "predictions.json", 3), (["--topk", 2, "--output", "new/x.csv"], "new/x.csv", 2)])
-def test_prediction_of_one_s_own_videos(flags, file, count, classifier, clips, toy, tmp_path,
+def test_prediction_of_one_s_own_videos(flags, file, count, classifier, toy, tmp_path,
                                         monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     video = tb.read_videos("toy", toy, False).path(0)
+    (tmp_path / "clips/deep").mkdir(parents=True)
+    shutil.copy(video, tmp_path / "clips/deep/a: #1, é.avi")
+    (tmp_path / "clips/z.avi").write_text("broken")
     evaluate.main(["--videos", video, "clips", "--checkpoint", str(tmp_path), *map(str, flags),
                    *EVALUATE])
     printed = capsys.readouterr()
@@ -310,90 +195,32 @@ def test_prediction_of_one_s_own_videos(flags, file, count, classifier, clips, t
         assert bad["class"] == "" and bad["error"]
 
 
-def test_nothing_that_can_be_decoded_ends_in_1(classifier, clips, capsys):
-    with pytest.raises(SystemExit) as end:
-        evaluate.main(["--videos", str(clips / "z.avi"), "--checkpoint", str(classifier),
-                       *EVALUATE])
-    assert end.value.code == 1
-    assert "none of these videos can be decoded" in capsys.readouterr().out
-
-
-def test_a_prediction_by_an_unfinished_classifier_says_so(classifier, clips, tmp_path, capsys):
-    save_classifier(classifier, tmp_path / "data", finished=False, epoch=3)
-    evaluate.main(["--videos", str(clips / "deep"), "--checkpoint", str(classifier), *EVALUATE])
-    assert "student.pt is unfinished (epoch 3 of 7)" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")
-def test_each_video_is_printed_as_soon_as_it_is_done(classifier, toy, tmp_path):
-    """The second video is a pipe, which ends when the line of the first has come."""
-    os.mkfifo(tmp_path / "pipe.avi")
-    videos = [tb.read_videos("toy", toy, False).path(0), str(tmp_path / "pipe.avi")]
-    with subprocess.Popen(
-            [sys.executable, "-u", "evaluate.py", "--videos", *videos, "--checkpoint",
-             str(classifier), *EVALUATE], cwd=HERE, text=True, stdout=subprocess.PIPE) as process:
-        try:
-            assert select.select([process.stdout], [], [], 60)[0], "no line in a minute"
-            assert process.stdout.readline().startswith(f"{videos[0]}: a 66.5 %")
-            deadline = time.monotonic() + 60
-            while process.poll() is None and time.monotonic() < deadline:
-                with contextlib.suppress(OSError):  # nobody reads
-                    os.close(os.open(videos[1], os.O_WRONLY | os.O_NONBLOCK))
-                time.sleep(0.05)
-            assert process.poll() == 0
-        finally:
-            process.kill()
-
-
 # ---- Mistakes ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, words", [
     ("runs/x", "runs/x: no such run folder; there are runs/one, runs/two"),
     ("runs/one/inv_ft.pt", "no such checkpoint; finetune.py --init inv.pt writes it"),
     ("runs/two", "runs/two: no trained classifier; finetune.py and train_student.py write them"),
-    ("runs/two/inv.pt", "inv.pt: no trained classifier"),
     ("data --scales 2", "--scales"),
     ("runs/one --root nowhere", "nowhere"),
     ("runs/one --root other", "student.pt: made for other classes"),
     ("runs/one --videos data --checkpoint runs/one", "takes no PATH"),
-    ("--videos data", "--checkpoint"), ("--checkpoint runs/one", "--videos"),
-    ("runs/one --output x.json", "--videos"),
+    ("--videos data", "--checkpoint"),
+    ("--checkpoint runs/one", "--videos"),
     ("--videos data/no.mp4 --checkpoint runs/one", "data/no.mp4: no such file"),
-    ("--videos runs --checkpoint runs/one", "runs: no video here"),
     ("--videos data --checkpoint runs/one --output x.txt", ".json or .csv"),
-    ("--videos data --checkpoint runs/one --topk 0", "--topk"),
     ("--videos data --checkpoint runs/two", "student.pt: no such checkpoint; train_student.py"),
     ("--videos data --checkpoint runs/two/inv.pt", "inv.pt: no trained classifier")])
-def test_a_mistake_costs_one_line(flags, words, classifier, toy, tmp_path, monkeypatch, capsys):
+def test_a_mistake_costs_one_line(flags, words, classifier, toy, tmp_path, monkeypatch,
+                                 complaint):
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "other", toy, {"d": 1})
     for name in ("one/student.pt", "two/inv.pt"):
         (tmp_path / "runs" / name).parent.mkdir(parents=True)
         shutil.copy(classifier, tmp_path / "runs" / name)
     save_classifier(tmp_path / "runs/two/inv.pt", tmp_path / "data", stage="pretrain_inv")
-    assert words in mistake(evaluate, *flags.split(), "--device", "cpu", capsys=capsys)
+    assert words in complaint(evaluate.main, [*flags.split(), "--device", "cpu"])
     assert not list(tmp_path.rglob("*.json"))
-
-
-@pytest.mark.parametrize("name, command", [
-    ("inv", "pretrain_inv.py"), ("dist", "pretrain_dist.py"),
-    ("both", "pretrain_dist.py --invariant-weight 1"), ("student", "train_student.py"),
-    ("dist_ft", "finetune.py --init dist.pt"), ("labeled_only", "finetune.py --init none")])
-def test_a_missing_or_damaged_checkpoint_names_its_script(name, command, tmp_path):
-    path = tmp_path / f"{name}.pt"
-    for _ in range(2):
-        with pytest.raises(tb.UserError, match=f"{re.escape(str(path))}: .*; {command} writes it$"):
-            tb.read_checkpoint(path)
-        path.write_text("damaged")
-
-
-def test_a_checkpoint_of_another_stage_or_an_unfinished_one_names_the_script(classifier, tmp_path):
-    with pytest.raises(tb.UserError, match="found a checkpoint of train_student.py, "
-                                           "expected one of pretrain_inv.py or pretrain_dist.py"):
-        tb.read_checkpoint(classifier, ["pretrain_inv", "pretrain_dist", None])
-    save_classifier(classifier, tmp_path / "data", finished=False, epoch=3)
-    with pytest.raises(tb.UserError, match=r"unfinished \(epoch 3 of 7\);.* finetune.py goes on"):
-        tb.read_checkpoint(classifier, ["finetune"])
 
 
 # ---- docs/: differences with their intervals, and two figures of the paper -----------------------
@@ -403,17 +230,6 @@ def script(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.mark.parametrize("n, t", [(2, 12.7062), (3, 4.3027), (4, 3.1824), (10, 2.2622),
-                                  (31, 2.0423)])
-def test_intervals_are_student_s(n, t):
-    """t from a printed table; the values are so large that four of its digits count."""
-    values = 1000 * np.random.default_rng(n).normal(size=n)
-    half = t * statistics.stdev(values) / math.sqrt(n)
-    low, high = map(float, script("intervals").interval(values).split(" to "))
-    assert low == pytest.approx(np.mean(values) - half, abs=0.06 + 2e-4 * half)
-    assert high == pytest.approx(np.mean(values) + half, abs=0.06 + 2e-4 * half)
 
 
 def test_differences_within_runs(tmp_path, capsys):
@@ -432,73 +248,11 @@ def test_differences_within_runs(tmp_path, capsys):
         "student.pt", "3", "56.7 ± 8.3", "+7.0 ± 4.2", "-31.1 to +45.1", "2 of 2",
         "+3.3 ± 4.5", f"{10 / 3 - half:+.1f} to {10 / 3 + half:+.1f}", "2 of 3"]
     assert cells(printed, "labeled_only.pt")[1:6] == ["2", "45.0 ± 7.1", "", "", ""]
-    error = mistake(script("intervals"), paths[0], "--against", "x.pt", capsys=capsys)
-    assert "x.pt: no such row; there are labeled_only.pt; dist_ft.pt; student.pt" in error
-    assert "evaluate.py writes it" in mistake(script("intervals"), tmp_path, capsys=capsys)
 
 
-@pytest.fixture(scope="module")
-def drawn(chain, tmp_path_factory):
-    """What docs/draw.py prints and draws of two runs, whose accuracies are random."""
-    folder = tmp_path_factory.mktemp("drawn")
-    teachers = [load(chain, name) for name in ("inv_ft", "dist_ft")]
-    rng = np.random.default_rng(0)
-    runs = []
-    for name in "ab":
-        (folder / name).mkdir()
-        results = []
-        for teacher in evaluate.TEACHERS:
-            shutil.copy(chain / teacher, folder / name)
-            per_class = dict(zip(teachers[0]["classes"], 100 * rng.random(8)))
-            results.append({"checkpoint": teacher, "per_class": per_class})
-        (folder / name / "results.json").write_text(json.dumps(results))
-        runs.append({r["checkpoint"]: r["per_class"] for r in results})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stdout", io.StringIO())
-        script("draw").main([str(folder / "a"), str(folder / "b"), "--out", str(folder)])
-        printed = sys.stdout.getvalue()
-    rows = [cells(printed, c) for c in teachers[0]["classes"]]
-    s = tb.similarity_score(*(saved["similarity"] for saved in teachers))
-    return SimpleNamespace(folder=folder, teachers=teachers, runs=runs, rows=rows, s=s,
-                           printed=printed)
-
-
-def test_teachers_are_compared_by_class(drawn):
-    """Figure 1: the table, and bars to the side of the better teacher."""
-    bars = np.array(Image.open(drawn.folder / "classes.png"), int)
-    assert bars.shape == (40 + 22 * 8, 720, 3)
-    rows = sorted(drawn.rows, key=lambda row: -float(row[-1]))
-    assert [drawn.printed.index(row[0]) for row in rows] == sorted(
-        drawn.printed.index(row[0]) for row in rows)
-    for k, (name, *numbers) in enumerate(rows):
-        own = [video.startswith(f"{name}/") for video in drawn.teachers[0]["similarity_names"]]
-        p_inv, p_dist = (np.mean([run[teacher][name] for run in drawn.runs])
-                         for teacher in evaluate.TEACHERS)
-        apart = p_inv - p_dist
-        assert numbers == [f"{drawn.s[torch.tensor(own)].mean():.2f}", f"{p_inv:.1f}",
-                           f"{p_dist:.1f}", f"{apart:+.1f}"]
-        left, right = (bool((bars[36 + 22 * k + 2, x] == 255).all()) for x in (448, 452))
-        assert abs(apart) < 2 or [left, right] == [apart > 0, apart < 0]
-
-
-def test_similarity_matrices_are_drawn_in_their_colours(drawn):
-    """Figure 4: the videos of the highest, median and lowest s."""
-    image = np.array(Image.open(drawn.folder / "similarity.png"), int)
-    for place, i in enumerate(drawn.s.argsort(descending=True)[[0, len(drawn.s) // 2, -1]]):
-        for k, saved in enumerate(drawn.teachers):
-            x = 2 * 100 + 12 + k * (72 + 16)
-            y = place * (72 + 32) + 28
-            # a cell on the diagonal, and one off it
-            for column, c in enumerate(saved["similarity"][i, 0].clamp(min=0).tolist()):
-                colour = 255 - c * np.array([200, 120, 40])
-                assert np.abs(image[y + 1, x + 36 * column + 1] - colour).max() <= 1
-
-
-def test_figures_need_results_and_teachers_from_stage_1(drawn, chain, tmp_path, capsys):
-    shutil.copytree(drawn.folder / "a", tmp_path / "a")
-    shutil.copy(chain / "labeled_only.pt", tmp_path / "a/dist_ft.pt")
-    assert "dist_ft.pt does not come from stage 1" in mistake(
-        script("draw"), tmp_path / "a", capsys=capsys)
-    (tmp_path / "a/results.json").unlink()
-    assert "results.json: not there, evaluate.py" in mistake(
-        script("draw"), tmp_path / "a", capsys=capsys)
+def test_figures_are_drawn(chain, tmp_path, capsys):
+    script("draw").main([str(chain), "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert all(cells(printed, c) for c in load(chain, "inv_ft")["classes"])
+    for name in ("classes", "similarity"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000

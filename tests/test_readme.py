@@ -6,16 +6,12 @@ import io
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
-import av
 import pytest
-import torch
-import torchvision
 
 import common as tb
 
@@ -102,20 +98,6 @@ def test_every_command_in_a_docstring_can_be_parsed(script):
     check(found)
 
 
-def test_every_command_of_the_study_can_be_parsed(tmp_path):
-    """study.sh for one seed, with a python that only prints its arguments."""
-    (tmp_path / "python").write_text('#!/bin/sh\necho python "$@"\n')
-    (tmp_path / "python").chmod(0o755)
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    printed = subprocess.run(["sh", HERE / "docs/study.sh", "0"], env=env, check=True,
-                             capture_output=True, text=True).stdout
-    found = commands(printed.splitlines())
-    check(found)
-    names = [flags[flags.index("--name") + 1] for _, flags in found if "--name" in flags]
-    named_in_table = re.findall(r"--name (\w+)", (HERE / "docs/study.md").read_text())
-    assert set(names) == set(named_in_table) and len(set(names)) == len(names)
-
-
 def test_every_flag_in_a_sentence_exists():
     known = set().union(OTHERS, *map(flags_of, SCRIPTS))
     for page in PAGES:
@@ -124,30 +106,13 @@ def test_every_flag_in_a_sentence_exists():
             assert named <= known, (page.name, span)
 
 
-def test_every_script_is_named():
-    text = (HERE / "README.md").read_text()
-    assert all(name in text for name in [*STAGES, "common.py", "test_common.py"])
-
-
 # ---- Links and code blocks -----------------------------------------------------------------------
-
-def anchors(page):
-    """What GitHub makes of the headings."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
-    for link in links:
-        if link.startswith("https://"):
-            continue
-        path, _, anchor = link.partition("#")
-        target = page.parent / path if path else page
-        assert target.exists(), link
-        assert not anchor or anchor in anchors(target), link
-    assert links or page.name == "performance.md"
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path = link.partition("#")[0]
+        assert link.startswith("https://") or (page.parent / path).exists(), link
 
 
 def test_the_pieces_run_as_they_stand():
@@ -160,27 +125,6 @@ def test_the_pieces_run_as_they_stand():
     loss = names["loss_inv"] + names["loss_dist"] + names["loss_student"]
     loss.backward()
     assert loss.isfinite() and all(p.grad.abs().sum() > 0 for p in names["model"].parameters())
-    # The slices of a long clip and the clips that it spans belong together.
-    head = names["head"].eval()
-    long = names["f"][64:].transpose(1, 2)
-    assert torch.equal(names["slices"].view(16, 4, 96), long)
-    assert names["z"].norm(dim=-1).allclose(torch.ones(8, 4), atol=1e-5) and not head.training
-    videos = names["videos"]
-    for i in (0, 5, 31):
-        assert torch.equal(names["short"][i], videos[i // 4][i % 4 * 16:i % 4 * 16 + 16])
-    assert torch.equal(names["long"][5], videos[5][::4])
-
-
-def test_a_trained_r3d_18_computes_the_same_in_torchvision(tmp_path, monkeypatch):
-    [code] = blocks((HERE / "docs/differences.md").read_text(), "python")
-    ours = tb.build_model("r3d_18", 101).eval()
-    torch.save({"model": ours.state_dict()}, tmp_path / "student.pt")
-    monkeypatch.chdir(tmp_path)
-    names = {"torch": torch, "torchvision": torchvision}
-    exec(code, names)
-    x = torch.randn(1, 3, 16, 32, 32)
-    with torch.no_grad():
-        assert torch.allclose(names["model"].eval()(x), ours(x), atol=1e-5)
 
 
 # ---- Lines of a shell ----------------------------------------------------------------------------
@@ -196,22 +140,7 @@ PROGRAMS = {
     "unrar": UNPACKER,
     "unzip": UNPACKER,
     "wget": 'for a in "$@"; do case $a in -*) ;; *) cp "$ARCHIVES/${a##*/}" . || exit;; esac; done',
-    "git": 'cp -r "$ARCHIVES/${2##*/}" .',
-    "python": f'exec {sys.executable} "$@"',
-    "ffmpeg": 'while [ $# -gt 1 ]; do [ $1 = -i ] && input=$2; shift; done; cp "$input" "$1"',
 }
-
-
-def run_lines(lines, folder):
-    """Run lines of a shell in a folder, with folder/archives for the net."""
-    programs = folder / "programs"
-    programs.mkdir()
-    for name, text in PROGRAMS.items():
-        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
-        (programs / name).chmod(0o755)
-    env = os.environ | {"ARCHIVES": str(folder / "archives"),
-                        "PATH": f"{programs}:{os.environ['PATH']}"}
-    subprocess.run(["bash", "-ec", lines], cwd=folder, env=env, check=True)
 
 
 def pack(path, files):
@@ -230,67 +159,26 @@ def make_archives(data, folder):
             "ucfTrainTestlist/classInd.txt": "1 Ring",
             "ucfTrainTestlist/trainlist01.txt": "Ring/a.avi 1",
             "ucfTrainTestlist/testlist01.txt": "Ring/b.avi"})
-    elif data == "hmdb51":
+    else:
         pack(folder / "c.rar", {"brush_hair/a.avi": "", "brush_hair/b.avi": ""})
         pack(folder / "hmdb51_org.zip", {"hmdb51/brush_hair.rar": (folder / "c.rar").read_bytes()})
         pack(folder / "test_train_splits.zip", {
             "test_train_splits/testTrainMulti_7030_splits/brush_hair_test_split1.txt":
             "a.avi 1\nb.avi 2"})
-    else:
-        scripts = folder / "kinetics-dataset"
-        scripts.mkdir(parents=True)
-        (scripts / "k400_downloader.sh").write_text("mkdir k400_targz")
-        (scripts / "k400_extractor.sh").write_text("mkdir k400; touch k400/{a,b}.mp4")
-        (scripts / "arrange_by_classes.py").write_text(
-            "import pathlib, sys\n"
-            "for part, name in (('train', 'a.mp4'), ('val', 'b.mp4')):\n"
-            "    link = pathlib.Path(sys.argv[1], 'videos', part, 'abseiling', name)\n"
-            "    link.parent.mkdir(parents=True)\n"
-            "    link.symlink_to(pathlib.Path(sys.argv[1], name).resolve())\n")
 
 
-@pytest.mark.parametrize("data, train, test", [
-    ("ucf101", "Ring/a.avi", "Ring/b.avi"),
-    ("hmdb51", "brush_hair/a.avi", "brush_hair/b.avi"),
-    ("kinetics400", "train/abseiling/a.mp4", "val/abseiling/b.mp4")])
-def test_downloads_make_a_tree_that_is_read(data, train, test, tmp_path):
+@pytest.mark.parametrize("data, c", [("ucf101", "Ring"), ("hmdb51", "brush_hair")])
+def test_downloads_make_a_tree_that_is_read(data, c, tmp_path):
     [lines] = [block for block in blocks((HERE / "README.md").read_text())
                if block.startswith("mkdir -p data") and f"data/{data}" in block]
     make_archives(data, tmp_path / "archives")
-    run_lines(lines, tmp_path)
-    assert tb.read_videos(data, tmp_path / "data" / data, True).names() == [train]
-    assert tb.read_videos(data, tmp_path / "data" / data, False).names() == [test]
-
-
-[REENCODING] = [block for block in blocks((HERE / "docs/performance.md").read_text())
-                if block.startswith("find my")]
-
-
-@pytest.mark.skipif(not shutil.which("find"), reason="needs the program find")
-def test_reencoding_makes_the_same_tree_in_another_folder(tmp_path):
-    names = ["train/a b/1.mp4", "train/a b/2.MOV", "test/a b/it's.MP4", "unlabeled/x.mov"]
-    for name in [*names, "unlabeled/notes.txt"]:
-        path = tmp_path / "my" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
-    run_lines(REENCODING, tmp_path)
-    small = tmp_path / "small/my"
-    assert {str(path.relative_to(small)): path.read_text()
-            for path in small.rglob("*") if path.is_file()} == {name: name for name in names}
-
-
-@pytest.mark.parametrize("width, height, expected", [
-    (854, 480, (456, 256)), (480, 854, (256, 456)), (320, 240, (342, 256))])
-def test_reencoding_gives_a_short_side_of_256(width, height, expected):
-    graph = av.filter.Graph()
-    source = graph.add_buffer(width=width, height=height, format="yuv420p", time_base="1/30")
-    scale = graph.add("scale", re.search("-vf scale=([^ ]*)", REENCODING)[1])
-    sink = graph.add("buffersink")
-    source.link_to(scale)
-    scale.link_to(sink)
-    graph.configure()
-    frame = av.VideoFrame(width, height, "yuv420p")
-    frame.pts = 0
-    graph.push(frame)
-    scaled = graph.pull()
-    assert (scaled.width, scaled.height) == expected
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, text in PROGRAMS.items():
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    env = os.environ | {"ARCHIVES": str(tmp_path / "archives"),
+                        "PATH": f"{programs}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-ec", lines], cwd=tmp_path, env=env, check=True)
+    for train, name in [(True, "a.avi"), (False, "b.avi")]:
+        assert tb.read_videos(data, tmp_path / "data" / data, train).names() == [f"{c}/{name}"]

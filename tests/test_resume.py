@@ -1,6 +1,5 @@
 """A stage that was killed goes on to the same weights; checkpoints that it cannot go on from."""
 
-import errno
 import os
 import resource
 import shutil
@@ -26,7 +25,6 @@ def assert_same_run(chain, out, name):
     ("dist", "dist", 9, "", (1, 0)),
     ("ft", "dist_ft", 7, "", (1, 0)),
     ("labeled_only", "labeled_only", 3, "", (1, 0)),
-    ("inv", "inv", 5, "--save-every 2", (0, 4)),
     ("inv", "inv", 11, "--save-every 3 --workers 2", (1, 3)),
     ("student", "student", 7, "--save-every 2", (1, 2))])
 def test_a_kill_between_steps(stage, name, steps, flags, stands, chain, toy, tmp_path):
@@ -62,16 +60,16 @@ def test_a_kill_during_each_write_of_a_file(stage, chain, toy, tmp_path):
     assert_same_run(chain, tmp_path, stage)
 
 
-def test_ctrl_c_costs_one_line(chain, toy, tmp_path, capsys):
+def test_ctrl_c_costs_one_line(chain, toy, tmp_path, complaint):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     hook = register_optimizer_step_post_hook(interrupt)
-    with pytest.raises(SystemExit) as end:
-        run_stage("labeled_only", toy, tmp_path)
-    hook.remove()
-    error = capsys.readouterr().err.strip()
-    assert end.value.code == 1 and "\n" not in error and "same command goes on" in error
+    try:
+        error = complaint(run_stage, "labeled_only", toy, tmp_path, status=1)
+    finally:
+        hook.remove()
+    assert "same command goes on" in error
     run_stage("labeled_only", toy, tmp_path)
     assert_same_run(chain, tmp_path, "labeled_only")
 
@@ -91,17 +89,14 @@ def test_a_finished_stage_takes_more_epochs(toy, tmp_path):
 
 
 @pytest.mark.parametrize("stage, flags, words", [
-    ("inv", "--size 32", ("size", "16", "32")), ("dist", "--seed 7", ("seed", "0", "7")),
-    ("inv", "--arch r3d_18", ("arch", "r3d_tiny", "r3d_18")), ("inv", "--lr 0.5", ("lr", "0.5")),
-    ("inv", "--epochs 1", ("2 epochs", "1")), ("ft", "--percent 40", ("percent", "6", "40")),
+    ("inv", "--size 32", ("size", "16", "32")), ("inv", "--epochs 1", ("2 epochs", "1")),
+    ("ft", "--percent 40", ("percent", "6", "40")),
     ("student", "--omega 3", ("omega", "1.0", "3.0"))])
 def test_other_arguments_are_refused_with_both_values(stage, flags, words, chain, toy, tmp_path,
-                                                      capsys):
+                                                      complaint):
     shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
-    with pytest.raises(SystemExit) as end:
-        run_stage(stage, toy, tmp_path, *flags.split())
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and all(word in error for word in words), error
+    error = complaint(run_stage, stage, toy, tmp_path, *flags.split())
+    assert all(word in error for word in words), error
 
 
 class Malicious:
@@ -116,7 +111,7 @@ class Malicious:
 
 @pytest.mark.parametrize("what", ["another stage's", "truncated", "malicious", "other videos'"])
 def test_a_checkpoint_to_which_the_command_does_not_fit_is_refused(what, chain, toy, tmp_path,
-                                                                  capsys):
+                                                                  complaint):
     shutil.copytree(toy, tmp_path / "toy")
     path = tmp_path / "inv.pt"
     content = (chain / ("student.pt" if what == "another stage's" else "inv.pt")).read_bytes()
@@ -127,10 +122,7 @@ def test_a_checkpoint_to_which_the_command_does_not_fit_is_refused(what, chain, 
         listed = tmp_path / "toy/ucfTrainTestlist/trainlist01.txt"
         listed.write_text("".join(listed.read_text().splitlines(keepends=True)[:-1]))
     before = path.read_bytes()
-    with pytest.raises(SystemExit) as end:
-        run_stage("inv", tmp_path / "toy", tmp_path)
-    error = capsys.readouterr().err.strip()
-    assert end.value.code == 2 and "inv.pt" in error and "\n" not in error
+    assert "inv.pt" in complaint(run_stage, "inv", tmp_path / "toy", tmp_path)
     assert path.read_bytes() == before and not (tmp_path / "touched").exists()
 
 
@@ -147,16 +139,3 @@ def test_a_full_disk_leaves_the_last_checkpoint(chain, toy, tmp_path, capsys):
     assert end.value.code == 2 and "inv.pt cannot be written, what was there is left" in error
     assert (tmp_path / "inv.pt").read_bytes() == (chain / "inv.pt").read_bytes()
     assert not list(tmp_path.glob(".inv.pt*"))
-
-
-def test_a_file_system_that_syncs_no_folder_is_no_error(chain, toy, tmp_path, monkeypatch):
-    fsync = os.fsync
-
-    def of_files_alone(descriptor):
-        if os.path.isdir(f"/dev/fd/{descriptor}"):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", of_files_alone)
-    run_stage("labeled_only", toy, tmp_path)
-    assert_same_run(chain, tmp_path, "labeled_only")

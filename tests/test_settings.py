@@ -1,18 +1,12 @@
 """Settings: what a run takes from its data set, its flags and earlier checkpoints; mistakes in
 them cost one line, and exit status 2; every command of the table of ablations runs."""
 
-import contextlib
-import io
-import os
 import re
 import shutil
-import sys
 
 import pytest
 import torch
 
-import common as tb
-import evaluate
 import finetune
 import pretrain_dist
 import pretrain_inv
@@ -87,92 +81,44 @@ def mistaken(chain, tmp_path):
     return tmp_path
 
 
-MISTAKES = [  # the flags, and what the line names
-    (pretrain_inv, [
-        ("--data ucf102", "--data"), ("--arch r3d_19", "--arch"), ("--frames x", "--frames"),
-        ("--size 8", "--size"), ("--batch 1", "--batch"), ("--batch 25", "--batch 25"),
-        ("--clips 1", "--clips"), ("--lr -1", "--lr"), ("--lr nan", "--lr"),
-        ("--temperature 0", "--temperature"), ("--epochs 0", "--epochs"), ("--what", "--what"),
-        ("--percent 5", "--percent"), ("--size 128 --precision bf16", "--precision fp32"),
-        ("--data ucf101 --root /nowhere", "/nowhere"),
-        ("--data hmdb51 --root /nowhere", "/nowhere"),
-        ("--data folder --root /nowhere", "/nowhere"),
-        ("--data folder --root OUT/empty", "train"),
-        ("--data kinetics400 --root OUT/hollow", "no training videos"),
-        ("--out OUT/inv.pt/x", "cannot be written")]),
-    (pretrain_dist, [("--frames 8", "--frames 8"), ("--clips 3", "--clips 3")]),
-    (finetune, [
-        ("--percent 0", "--percent"), ("--percent 101", "--percent"), ("--init no.pt", "no.pt"),
-        ("--out OUT/none", "pretrain_inv.py"), ("--init again.pt", "again.pt"),
-        ("--arch r3d_18", "--arch"), ("--init OUT/bad/broken.pt", "broken.pt"),
-        ("--init OUT/bad/text.pt", "text.pt"), ("--size 24", "--size"),
-        ("--labeled-list no.txt", "no.txt"),
-        ("--percent 5 --labeled-list no.txt", "--labeled-list"),
-        ("--labeled-list OUT/empty/list.txt", "names no video")]),
-    (train_student, [
-        ("--teachers inv.pt dist.pt", "inv.pt"), ("--reweight 2", "--reweight"),
-        ("--teachers inv_ft.pt inv_ft.pt", "--teachers"), ("--omega -1", "--omega"),
-        ("--teachers OUT/bad/other.pt", "classes"), ("--teacher-loss l1", "--teacher-loss"),
-        ("--init nothing.pt", "nothing.pt"), ("--percent 50", "--percent"),
-        ("--batch 25", "unlabelled videos"),
-        (" ".join(TINY) + " --lr 0.1 --name again", "lr")]),
-    (evaluate, [
-        ("OUT/inv.pt", "inv.pt"), ("/nowhere", "/nowhere"), ("OUT/empty", "empty"),
-        ("OUT --scales 2", "--scales"), ("OUT --root /nowhere", "/nowhere"),
-        ("OUT/bad/other.pt", "classes"),
-        ("--videos OUT", "--checkpoint"),
-        ("--videos OUT/bad --checkpoint OUT/inv.pt", "inv.pt")])]
+MISTAKES = {  # the flags, and what the line names
+    pretrain_inv: {
+        "--data ucf102": "--data", "--frames x": "--frames", "--lr nan": "--lr",
+        "--batch 25": "--batch 25", "--what": "--what", "--percent 5": "--percent",
+        "--data ucf101 --root /nowhere": "/nowhere",
+        "--data kinetics400 --root OUT/hollow": "no training videos",
+        "--out OUT/inv.pt/x": "cannot be written"},
+    pretrain_dist: {"--frames 8": "--frames 8", "--clips 3": "--clips 3"},
+    finetune: {
+        "--percent 101": "--percent", "--init no.pt": "no.pt", "--out OUT/none": "pretrain_inv.py",
+        "--init again.pt": "again.pt", "--init OUT/bad/broken.pt": "broken.pt",
+        "--init OUT/bad/text.pt": "text.pt", "--size 24": "--size",
+        "--labeled-list no.txt": "no.txt", "--labeled-list OUT/empty/list.txt": "names no video",
+        "--percent 5 --labeled-list no.txt": "--labeled-list"},
+    train_student: {
+        "--teachers inv.pt dist.pt": "inv.pt", "--teachers inv_ft.pt inv_ft.pt": "--teachers",
+        "--teachers OUT/bad/other.pt": "classes", "--reweight 2": "--reweight",
+        "--init nothing.pt": "nothing.pt", "--percent 50": "--percent",
+        "--batch 25": "unlabelled videos"},
+}
 
 
 @pytest.mark.parametrize("module, flags, word", [
     pytest.param(module, *case, id=f"{module.__name__} {case[0]}")
-    for module, cases in MISTAKES for case in cases])
-def test_a_mistake_costs_one_line(module, flags, word, mistaken, toy, capsys):
-    argv = flags.replace("OUT", str(mistaken)).split()
-    if module is not evaluate:
-        argv += [] if "--out" in argv else ["--out", str(mistaken)]
-        argv += [] if "--root" in argv else ["--root", str(toy)]
-        argv += ["--restart"] if module in (pretrain_inv, pretrain_dist) else []
-    with pytest.raises(SystemExit) as end:
-        module.main([*argv, "--device", "cpu"])
-    error = capsys.readouterr().err.strip()
-    assert end.value.code == 2 and word in error, error
-    assert "\n" not in error and error.startswith(module.__name__), error
+    for module, cases in MISTAKES.items() for case in cases.items()])
+def test_a_mistake_costs_one_line(module, flags, word, mistaken, toy, complaint):
+    """Those of evaluate.py are in test_evaluate.py."""
+    argv = [*flags.replace("OUT", str(mistaken)).split(), "--device", "cpu"]
+    argv += [] if "--out" in argv else ["--out", str(mistaken)]
+    argv += [] if "--root" in argv else ["--root", str(toy)]
+    argv += ["--restart"] if module in (pretrain_inv, pretrain_dist) else []
+    error = complaint(module.main, argv)
+    assert word in error and error.startswith(module.__name__)
 
 
-@pytest.mark.parametrize("data, percent", [("ucf101", 5), ("hmdb51", 40), ("toy", 6)])
-def test_help_shows_the_defaults_of_the_data_set(data, percent, capsys):
-    with contextlib.suppress(SystemExit):
-        finetune.main(["--data", data, "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    percents = text.rsplit("--percent P ", 1)[1].split(" --")[0]
-    assert re.findall(r"default:? ([\d.]+)", percents) == [str(percent)]
-
-
-def test_bf16_on_a_cpu_needs_amx(toy, tmp_path, monkeypatch, capsys):
+def test_bf16_on_a_cpu_needs_amx(toy, tmp_path, monkeypatch, complaint):
     """Elsewhere oneDNN's gradients of convolutions over two time steps are wrong."""
     monkeypatch.setattr(torch.cpu, "get_capabilities",
                         lambda: {"avx512_bf16": True, "amx_bf16": False})
-    with pytest.raises(SystemExit) as end:
-        run_stage("inv", toy, tmp_path, "--precision", "bf16")
-    assert end.value.code == 2 and "--precision fp32" in capsys.readouterr().err
-
-
-def test_out_of_gpu_memory_names_the_flags_that_help(toy, tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
-
-    monkeypatch.setattr(pretrain_inv, "invariant_loss", full)
-    with pytest.raises(SystemExit) as end:
-        run_stage("inv", toy, tmp_path)
-    error = capsys.readouterr().err.strip()
-    assert end.value.code == 2 and "\n" not in error
-    assert all(flag in error for flag in ("--checkpointing", "--batch", "--size"))
-
-
-def test_a_name_that_is_not_utf_8_can_be_printed(monkeypatch):
-    terminal = io.TextIOWrapper(io.BytesIO(), "utf-8")
-    monkeypatch.setattr(sys, "stdout", terminal)
-    tb.print0("cannot be decoded: é", os.fsdecode(b"\xff.avi"))
-    terminal.flush()
-    assert terminal.buffer.getvalue() == "cannot be decoded: é \\udcff.avi\n".encode()
+    error = complaint(run_stage, "inv", toy, tmp_path, "--precision", "bf16")
+    assert "--precision fp32" in error

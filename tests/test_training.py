@@ -1,34 +1,27 @@
-"""The engine: batches, numbers of a step, learning rate, frozen weights, activation checkpointing,
-compilation, memory, and what a run does with videos that cannot be decoded."""
+"""The engine: batches, numbers of a step, learning rate, frozen weights, compilation, and what a
+run does with videos that cannot be decoded."""
 
 import argparse
 import copy
 import json
 import math
-import os
-import re
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import common as tb
 import evaluate
 import finetune
 import pretrain_inv
-from conftest import assert_same_step, earlier_checkpoints, first_step
+from conftest import assert_same_step, earlier_checkpoints, first_step, folder_flags
 from test_common import (
-    EVALUATED, HERE, STAGES, TINY, full_decode, load, moving_frames, read_log, read_results,
-    run_stage, same, stage_argv, write_video)
+    EVALUATED, STAGES, assert_same_checkpoints, load, moving_frames, read_log, read_results,
+    run_stage, same, write_video)
 
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -46,49 +39,34 @@ def batches(toy, epoch=0, step=0, **changes):
             for batch in source.stream(epoch * source.steps + step, 3 * source.steps)]
 
 
-def assert_same_batches(some, others):
-    for a, b in zip(some, others, strict=True):
-        assert (a.ids, a.keys, a.dropout_seed) == (b.ids, b.keys, b.dropout_seed)
-        assert all(torch.equal(x, y) for x, y in zip(a.videos, b.videos, strict=True))
-
-
 @pytest.fixture(scope="module")
 def three_epochs(toy):
     return batches(toy)
 
 
-def test_workers_change_no_batch(toy, three_epochs):
+@pytest.mark.parametrize("first, changes", [
+    (0, {"workers": 2}), (6, {"epoch": 1, "step": 2, "workers": 1})])
+def test_batches_are_the_same_with_workers_and_from_any_step(first, changes, toy, three_epochs):
     assert len(three_epochs) == 12
-    assert_same_batches(three_epochs, batches(toy, workers=2))
+    for a, b in zip(three_epochs[first:], batches(toy, **changes), strict=True):
+        assert (a.ids, a.keys, a.dropout_seed) == (b.ids, b.keys, b.dropout_seed)
+        assert all(torch.equal(x, y) for x, y in zip(a.videos, b.videos, strict=True))
 
 
-def test_batches_go_on_in_the_middle_of_an_epoch(toy, three_epochs):
-    assert_same_batches(three_epochs[6:], batches(toy, epoch=1, step=2, workers=1))
-
-
-def test_batches_depend_on_the_seed(toy, three_epochs):
-    assert batches(toy, seed=1)[0].ids != three_epochs[0].ids
-
-
-def test_no_video_is_twice_in_a_batch_or_an_epoch(three_epochs):
+def test_no_video_is_twice_in_an_epoch_and_labelled_ones_cycle(three_epochs):
     """Eq. 1 would take a second clip of a video for a negative."""
     for epoch in range(3):
-        passed = []
-        for batch in three_epochs[4 * epoch:4 * epoch + 4]:
-            passed += batch.ids[:4]
-            assert max(batch.ids[4:]) < 5
+        passed = [i for batch in three_epochs[4 * epoch:4 * epoch + 4] for i in batch.ids[:4]]
         assert len(set(passed)) == 16 and min(passed) >= 5
-
-
-def test_labelled_videos_cycle_pass_after_pass(three_epochs):
     cycled = [i for batch in three_epochs for i in batch.ids[4:]]
-    assert all(sorted(cycled[i:i + 5]) == list(range(5)) for i in range(0, 45, 5))
+    assert all(sorted(cycled[i:i + 5]) == list(range(5)) for i in range(0, 20, 5))
 
 
-def test_no_two_clips_share_their_draws(three_epochs):
+def test_no_two_clips_share_their_draws(toy, three_epochs):
     keys = [key for batch in three_epochs for key in batch.keys]
     assert len(set(keys)) == len(keys)
     assert len({batch.dropout_seed for batch in three_epochs}) == len(three_epochs)
+    assert batches(toy, seed=1)[0].ids != three_epochs[0].ids
 
 
 def test_a_substitute_is_not_in_the_batch_already(toy, tmp_path):
@@ -102,81 +80,47 @@ def test_a_substitute_is_not_in_the_batch_already(toy, tmp_path):
             assert sum(a != b for a, b in zip(batch.ids, other.ids)) == (7 in other.ids)
 
 
-def test_short_videos_are_counted(toy, tmp_path):
-    run_stage("inv", toy, tmp_path, "--stride", 5)  # two clips of 8 frames span 76
-    videos = tb.read_videos("toy", toy, True)
-    counts = [len(full_decode(videos.path(i))) for i in range(len(videos))]
-    short = sum(count < 76 for count in counts)
-    assert 0 < short < len(videos)
-    assert [line["short"] for line in read_log(tmp_path, "inv")[1:]] == [short] * 2
+@pytest.mark.parametrize("stage", ["dist", "student"])
+def test_checkpointing_changes_no_bit(stage, chain, toy, tmp_path):
+    """Weights, moments of the optimiser and running statistics, which are not updated twice."""
+    earlier_checkpoints(chain, tmp_path, stage)
+    run_stage(stage, toy, tmp_path, "--checkpointing")
+    assert_same_checkpoints(chain, tmp_path, [stage])
 
-
-class CountedOperations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
-def test_the_augmentation_of_400_clips_takes_few_operations():
-    """Each starts a kernel on a GPU, from the thread that starts the network's, too."""
-    clip = torch.zeros(16, 40, 56, 3, dtype=torch.uint8)
-    with CountedOperations() as counted:
-        clips = tb.augment_clips([clip] * 400, 32, [tb.draw(0, k) for k in range(400)])
-    assert counted.count <= 2500
-    model = tb.build_model("r3d_tiny", 2)
-    with CountedOperations() as counted:
-        tb.to_input(clips, model)
-    assert counted.count <= 12
-
-
-# ---- Activation checkpointing and compilation ----------------------------------------------------
 
 @pytest.mark.parametrize("stage, flags", [
-    ("dist", "--checkpointing"), ("dist", "--compile"), ("student", "--compile --checkpointing"),
-    ("labeled_only", "--compile with inductor")])
-def test_checkpointing_and_compile_change_no_step(stage, flags, chain, toy, tmp_path, monkeypatch,
-                                                  float64):
-    """By a quick backend; by inductor, whose C++ compiler takes long, the second block alone."""
+    ("dist", ["--compile"]), ("student", ["--compile", "--checkpointing"])])
+def test_compile_changes_no_step(stage, flags, chain, toy, tmp_path, monkeypatch, float64):
+    """By a quick backend: a C++ compiler takes long."""
     compile = torch.compile
     compiled = []
 
     def quickly(function, **settings):
         compiled.append(function)
-        slowly = "inductor" in flags and len(compiled) == 2 and shutil.which("g++")
-        return compile(function, backend="inductor" if slowly else "aot_eager", **settings)
+        return compile(function, backend="aot_eager", **settings)
 
     monkeypatch.setattr(torch, "compile", quickly)
     torch.compiler.reset()
     earlier_checkpoints(chain, tmp_path, stage)
     plain = first_step(stage, toy, tmp_path)
     assert len(plain) > 60 and not compiled
-    other = first_step(stage, toy, tmp_path, *flags.removesuffix("with inductor").split())
-    assert len(compiled) == 5 * ("--compile" in flags)
+    other = first_step(stage, toy, tmp_path, *flags)
+    assert len(compiled) == 5
     assert_same_step(plain, other)
 
 
-# ---- The run: numbers, learning rate, frozen weights, memory -------------------------------------
+# ---- The run: numbers, learning rate, frozen weights ---------------------------------------------
 
-@pytest.mark.parametrize("stage, clips", [
-    # clips of each video; stage 3 has as many labelled videos again
-    ("inv", 2), ("dist", 6), ("labeled_only", 1), ("student", 2)])
-def test_benchmark_prints_numbers_and_writes_nothing(stage, clips, chain, toy, tmp_path, capsys):
+@pytest.mark.parametrize("stage, videos", [("dist", 4), ("student", 8)])
+def test_benchmark_prints_numbers_and_writes_nothing(stage, videos, chain, toy, tmp_path, capsys):
     earlier_checkpoints(chain, tmp_path, stage)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        run_stage(stage, toy, tmp_path, "--benchmark", 3, "--restart")
+    run_stage(stage, toy, tmp_path, "--benchmark", 3, "--restart")
     text = capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")} == before
     numbers = json.loads(next(line for line in text.splitlines() if line.startswith("{")))
-    videos = 8 if stage == "student" else 4
     assert numbers["videos_per_s"] == pytest.approx(1000 * videos / numbers["ms_per_step"], rel=.01)
-    assert 0 <= numbers["waiting_share"] < 1 and numbers["decode_ms_per_video"] > 0
-    assert 0.1 < numbers["memory_gib"] < 20
+    assert 0 <= numbers["waiting_share"] < 1 and 0.1 < numbers["memory_gib"] < 20
 
 
 @pytest.mark.parametrize("name, levels", [
@@ -189,31 +133,24 @@ def test_logs_tell_the_level_of_chance(name, levels, chain):
                           for key, candidates in levels.items()}
 
 
-def test_the_student_s_log_tells_its_loss_terms(chain):
+def test_stages_2_and_3_log_accuracy_and_loss_terms(chain):
     terms = {"l_sup", "l_unsup", "l_unsup_labeled", "weight_inv", "clamped", "agreement"}
     assert terms <= read_log(chain, "student")[-1].keys()
+    for name in ("inv_ft", "labeled_only", "student"):
+        assert all(0 <= line["train_accuracy"] <= 1 for line in read_log(chain, name)[1:])
 
 
-@pytest.fixture(scope="module")
-def long_run(toy, tmp_path_factory):
-    """The log of 12 epochs, 4 of them warm-up, under a schedule without patience."""
-    out = tmp_path_factory.mktemp("long")
-    run_stage("inv", toy, out, "--epochs", 12, "--warmup", 4, "--patience", 0, "--lr", 0.02)
-    return read_log(out, "inv")[1:]
-
-
-def test_learning_rate_warms_up_linearly(long_run):
-    assert [line["lr"] for line in long_run[:4]] == pytest.approx([0.005, 0.01, 0.015, 0.02])
-
-
-def test_learning_rate_halves_on_a_plateau(long_run):
+def test_learning_rate_warms_up_linearly_and_halves_on_a_plateau(toy, tmp_path):
+    run_stage("inv", toy, tmp_path, "--epochs", 12, "--warmup", 4, "--patience", 0, "--lr", 0.02)
+    log = read_log(tmp_path, "inv")[1:]
+    assert [line["lr"] for line in log[:4]] == pytest.approx([0.005, 0.01, 0.015, 0.02])
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.02)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
-    for before, line in zip(long_run[3:], long_run[4:]):
+    for before, line in zip(log[3:], log[4:]):
         if before["epoch"] > 4:
             scheduler.step(before["loss"])
         assert line["lr"] == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-6)
-    assert long_run[-1]["lr"] < 0.02  # the schedule did something
+    assert log[-1]["lr"] < 0.02  # the schedule did something
 
 
 @pytest.mark.parametrize("temperature, warned", [(100, True), (0.5, False)])
@@ -225,8 +162,7 @@ def test_a_stage_1_that_has_learnt_nothing_says_so(temperature, warned, toy, tmp
     assert ("warnings" in read_log(tmp_path, "inv")[-1]) == warned
 
 
-@pytest.mark.parametrize("flags, stands", [([], (1, 0)), (["--save-every", 2], (1, 2))])
-def test_a_loss_that_is_not_finite_stops_the_run(flags, stands, toy, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run(toy, tmp_path, monkeypatch, complaint):
     calls = []
 
     def exploding(z, temperature):
@@ -234,38 +170,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(flags, stands, toy, tmp_path, m
         return tb.invariant_loss(z, temperature) * (math.nan if len(calls) == 10 else 1)
 
     monkeypatch.setattr(pretrain_inv, "invariant_loss", exploding)
-    with pytest.raises(SystemExit) as end:
-        run_stage("inv", toy, tmp_path, *flags)
-    error = capsys.readouterr().err.strip()
-    assert end.value.code == 1 and "not finite" in error and "epoch 2" in error
-    assert "\n" not in error
+    error = complaint(lambda: run_stage("inv", toy, tmp_path, "--save-every", 2), status=1)
+    assert "not finite" in error and "epoch 2" in error
     saved = load(tmp_path, "inv")
-    assert (saved["epoch"], saved["step"]) == stands  # the tenth step is the fourth of epoch 2
+    assert (saved["epoch"], saved["step"]) == (1, 2)  # the tenth step is the fourth of epoch 2
     assert all(w.isfinite().all() for w in saved["model"].values())
-
-
-def saved_states(monkeypatch, run):
-    """What run() saves in each checkpoint, one after the other."""
-    save = torch.save
-    saved = []
-
-    def noted(content, file):
-        saved.append(copy.deepcopy(content))
-        save(content, file)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", noted)
-        run()
-    return saved
 
 
 @pytest.mark.parametrize("epochs, frozen", [(10, 1), (80, 7)])
 def test_weights_are_frozen_in_the_last_steps(epochs, frozen, toy, tmp_path, monkeypatch):
     """In a tenth of them, at most in 30, of four an epoch; the running statistics go on."""
-    def run():
-        run_stage("labeled_only", toy, tmp_path, "--epochs", epochs, "--batch", 2, "--frames", 4)
+    save = torch.save
+    states = []
 
-    states = [s["model"] for s in saved_states(monkeypatch, run) if not s["finished"]]
+    def noted(content, file):
+        if not content["finished"]:
+            states.append(copy.deepcopy(content["model"]))
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", noted)
+    run_stage("labeled_only", toy, tmp_path, "--epochs", epochs, "--batch", 2, "--frames", 4)
     assert len(states) == epochs
     changed = {"weight": [], "running_mean": []}
     for before, after in zip(states, states[1:]):
@@ -276,11 +200,6 @@ def test_weights_are_frozen_in_the_last_steps(epochs, frozen, toy, tmp_path, mon
     assert changed["weight"] == [True] * still + [False] * frozen
     names = [k for k in states[-1] if "running" not in k and "num_batches" not in k]
     assert all(torch.equal(states[still][name], states[-1][name]) for name in names)
-
-
-def folder_flags(root):
-    return [*TINY, "--data", "folder", "--root", str(root), "--arch", "r3d_tiny",
-            "--out", str(root / "out")]
 
 
 def test_statistics_of_dark_videos_do_not_lag(tmp_path):
@@ -329,72 +248,19 @@ def test_teachers_stay_as_they_are_in_stage_3(chain, toy, tmp_path):
     assert not torch.equal(start, load(tmp_path, "student")["model"]["stem.0.weight"])
 
 
-def test_nearest_neighbours_of_labelled_videos(chain, toy, tmp_path, capsys):
-    """What finetune.py prints of them, against a loop over the features of stage 1."""
-    run_stage("ft", toy, tmp_path, "--init", chain / "inv.pt", "--percent", 100, "--epochs", 1)
-    printed = re.search(r"nearest other .*? for ([\d.]+) %", capsys.readouterr().out)[1]
-    names = [line.split()[0] for line in (tmp_path / "labeled.txt").read_text().splitlines()]
-    backbone = tb.build_model("r3d_tiny", 8).eval()
-    backbone.load_state_dict(load(chain, "inv")["model"])
-    features = []
-    for name in names:
-        path = toy / "UCF-101" / name
-        first = (len(full_decode(path)) - 7) // 2
-        clip = tb.decode_frames(path, range(first, first + 8), 20)
-        with torch.no_grad():
-            x = tb.to_input([tb.centre_crop(clip, 16)], backbone)
-            features.append(backbone.features(x)[0].mean(1))
-    right = 0
-    for i, name in enumerate(names):
-        others = [j for j in range(len(names)) if j != i]
-        nearest = max(others, key=lambda j: F.cosine_similarity(features[i], features[j], 0))
-        right += names[nearest].split("/")[0] == name.split("/")[0]
-    assert len(names) == 24 and 0 < right < 24
-    assert float(printed) == pytest.approx(100 * right / 24, abs=0.06)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_and_open_files_stay_flat_over_100_epochs(toy, tmp_path):
-    """Of the process and its workers, from the 20th epoch to the last ones."""
-    argv = stage_argv("labeled_only", toy, tmp_path, "--epochs", 100, "--workers", 1)
-    process = subprocess.Popen([sys.executable, "finetune.py", *argv], cwd=HERE,
-                               stdout=subprocess.DEVNULL)
-    log = tmp_path / "labeled_only.log"
-    seen = {}  # epoch: bytes, open files
-    while process.poll() is None:
-        time.sleep(0.02)
-        try:
-            epoch = log.read_text().count("\n") - 1
-            workers = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
-            pages = 0
-            for number in (process.pid, *workers):
-                pages += int(open(f"/proc/{number}/statm").read().split()[1])
-            seen[epoch] = (pages * 4096, len(os.listdir(f"/proc/{process.pid}/fd")))
-        except (OSError, IndexError):
-            pass  # not begun yet, or at its end
-    assert process.returncode == 0
-    early, late = (np.array([seen[epoch] for epoch in seen if low <= epoch < low + 20])
-                   for low in (20, 79))
-    assert min(len(early), len(late)) > 5
-    more_memory, more_files = np.median(late, 0) - np.median(early, 0)
-    assert more_memory < 15e6 and more_files < 2
-
-
 # ---- Videos that cannot be decoded, and real ones ------------------------------------------------
 
 @pytest.fixture
-def broken(toy, tmp_path):
-    """A folder of 100 training and 10 test videos, and a function that breaks some, in five ways,
-    and returns their paths."""
+def break_files(toy, tmp_path):
+    """A function that breaks some of 100 training videos, in five ways, and returns their paths."""
     source = tb.read_videos("toy", toy, True)
-    for part, count in [("train", 100), ("test", 10)]:
-        for i in range(count):
-            path = tmp_path / part / source.name(i % 24).split("/")[0] / f"{i:03}.avi"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source.path(i % 24), path)
+    paths = []
+    for i in range(100):
+        paths.append(tmp_path / "train" / source.name(i % 24).split("/")[0] / f"{i:03}.avi")
+        paths[i].parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source.path(i % 24), paths[i])
 
-    def break_files(numbers, part="train"):
-        paths = sorted((tmp_path / part).rglob("*.avi"))
+    def break_files(numbers):
         for i in numbers:
             if i % 5 == 4:  # sound and its cover
                 path = write_video(paths[i].with_suffix(".mp4"), moving_frames(1, 32, 32), "mjpeg",
@@ -405,54 +271,40 @@ def broken(toy, tmp_path):
                 paths[i].write_bytes([b"", start, b"not a video", bytes(5000)][i % 5])
         return [str(paths[i]) for i in numbers]
 
-    return tmp_path, break_files
+    return break_files
 
 
-def test_unreadable_videos_are_named_replaced_and_counted(broken, capsys):
-    root, break_files = broken
+def test_unreadable_videos_are_named_replaced_and_counted(break_files, tmp_path, capsys):
     bad = break_files(range(10, 60, 11))  # five of them, one of each kind
-    pretrain_inv.main([*folder_flags(root), "--batch", "10", "--clips", "2"])
+    pretrain_inv.main([*folder_flags(tmp_path), "--batch", "10", "--clips", "2"])
     captured = capsys.readouterr()
     assert len(bad) == 5 and all(path in captured.err for path in bad)
-    assert read_log(root / "out", "inv")[-1]["unreadable"] == 5
+    assert read_log(tmp_path / "out", "inv")[-1]["unreadable"] == 5
     listed = captured.out.split("cannot be decoded:")[-1]
     assert all(path.split("/train/")[1] in listed for path in bad)
-    assert len(load(root / "out", "inv")["similarity"]) == 95
+    assert len(load(tmp_path / "out", "inv")["similarity"]) == 95
 
 
-def test_more_than_a_tenth_of_them_stop_the_run(broken, capsys):
-    root, break_files = broken
-    break_files({*range(10, 60, 11), *range(5, 50, 4)})
+def test_more_than_a_tenth_of_them_stop_the_run(break_files, tmp_path, capsys):
+    break_files(range(5, 100, 5))
     with pytest.raises(SystemExit) as end:
-        pretrain_inv.main([*folder_flags(root), "--batch", "10", "--clips", "2"])
+        pretrain_inv.main([*folder_flags(tmp_path), "--batch", "10", "--clips", "2"])
     assert end.value.code == 2 and "more than 10 %" in capsys.readouterr().err
-
-
-def test_among_test_videos_they_count_as_wrong(broken, capsys):
-    root, break_files = broken
-    finetune.main([*folder_flags(root), "--init", "none", "--epochs", "1"])
-    bad = break_files(range(9), "test")
-    evaluate.main([str(root / "out"), "--clips", "1", "--workers", "0"])
-    result, = read_results(root / "out")
-    assert (result["videos"], result["unreadable"]) == (10, 9) and result["top1"] <= 10
-    assert all(path in capsys.readouterr().err for path in bad[:1])
 
 
 def test_all_stages_on_real_clips(real_clips, tmp_path):
     """HMDB51's and UCF101's AVI files, Kinetics' MP4 files, in folders of one's own."""
-    names = [f"unlabeled/deep/er/a{real_clips[0].suffix}"]
+    root = tmp_path / "my"
+    folders = ["unlabeled/deep/er"]
     for c in ("baking cookies", "it's (2)", "c"):
-        for part, count in [("train", 3), ("test", 1)]:
-            names += [f"{part}/{c}/-x{i}" for i in range(count)]
-    for i, name in enumerate(names):
+        folders += [f"train/{c}"] * 3 + [f"test/{c}"]
+    for i, folder in enumerate(folders):
         clip = real_clips[i % len(real_clips)]
-        path = tmp_path / "my" / (name if name.startswith("un") else name + clip.suffix)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(clip, path)
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(clip, root / folder / f"-x{i}{clip.suffix}")
     out = tmp_path / "out"
     for stage in STAGES:
-        run_stage(stage, tmp_path / "my", out, "--data", "folder", "--arch", "r3d_tiny",
-                  "--epochs", 1)
+        run_stage(stage, root, out, "--data", "folder", "--arch", "r3d_tiny", "--epochs", 1)
     evaluate.main([str(out), "--clips", "2", "--workers", "0"])
     results = read_results(out)
     assert [r["checkpoint"] for r in results] == EVALUATED
