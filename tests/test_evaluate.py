@@ -17,7 +17,7 @@ import torch
 
 import common as tb
 import evaluate
-from test_common import EVALUATE, HERE, full_decode, load, read_results
+from test_common import EVALUATE, HERE, full_decode, load, read_results, run_stage
 
 CPU = torch.device("cpu")
 
@@ -153,6 +153,21 @@ def test_teachers_are_combined_by_the_similarity_of_the_test_video(chain, toy):
         assert rows["teachers, TSTR"][i].allclose(s * p[0, i] + (1 - s) * p[1, i], atol=1e-4)
 
 
+def test_stage_1_with_different_clips_costs_one_line(chain, toy, tmp_path, capsys, complaint):
+    shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "student.pt").unlink()
+    for name in ("inv_ft", "dist", "dist_ft"):
+        saved = load(chain, name)
+        if name != "inv_ft":
+            saved["similarity"] = torch.ones(24, 3, 3)
+        saved["args"]["out"] = str(tmp_path)
+        torch.save(saved, tmp_path / f"{name}.pt")
+    evaluate.main([str(tmp_path), *EVALUATE])
+    reason = "inv_ft.pt and dist_ft.pt come from stage 1 with --clips 2 and 3"
+    assert f"no row for TSTR: {reason}" in capsys.readouterr().out
+    assert reason in complaint(run_stage, "student", toy, tmp_path)
+
+
 # ---- Prediction ----------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -196,6 +211,15 @@ def test_prediction_of_one_s_own_videos(flags, file, count, classifier, toy, tmp
 
 
 # ---- Mistakes ------------------------------------------------------------------------------------
+
+def test_nothing_that_can_be_decoded_ends_in_1(classifier, tmp_path, capsys):
+    (tmp_path / "z.avi").write_text("broken")
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--videos", str(tmp_path / "z.avi"), "--checkpoint", str(classifier),
+                       *EVALUATE])
+    assert end.value.code == 1
+    assert "none of these videos can be decoded" in capsys.readouterr().out
+
 
 @pytest.mark.parametrize("flags, words", [
     ("runs/x", "runs/x: no such run folder; there are runs/one, runs/two"),

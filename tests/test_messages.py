@@ -93,3 +93,23 @@ def test_settings_can_be_pasted_back(toy, tmp_path, capsys):
     b = load(tmp_path / "again", "inv")
     assert {**a["args"], "out": None} == {**b["args"], "out": None}
     assert all(torch.equal(w, b["model"][k]) for k, w in a["model"].items())
+
+
+def test_a_warm_up_as_long_as_the_run_is_told_and_logged(toy, tmp_path, capsys):
+    run_stage("inv", toy, tmp_path, "--warmup", 2)
+    assert "--warmup 2 is not shorter than --epochs 2" in capsys.readouterr().err
+    first_epoch = read_log(tmp_path, "inv")[1]
+    assert any("--warmup 2" in line for line in first_epoch["warnings"])
+
+
+def test_one_label_a_class_has_no_neighbours(chain, toy, tmp_path, capsys):
+    run_stage("ft", toy, tmp_path, "--init", chain / "inv.pt", "--percent", 1)
+    assert "nearest other" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names", [["RANK"], ["WORLD_SIZE"], ["RANK", "WORLD_SIZE"]])
+def test_torchrun_s_variables_left_alone_are_told(names, toy, tmp_path, monkeypatch, complaint):
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    error = complaint(run_stage, "inv", toy, tmp_path)
+    assert all(name in error for name in names) and "torchrun" in error
