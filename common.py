@@ -501,14 +501,12 @@ def load_backbone(model, saved):
 # ==== Video: decoding, clips, augmentation ========================================================
 # decode_frames, clip_indices, spaced_clips, draw, augment_clips, centre_crop, to_input
 SEEKABLE = {"avi", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"}  # have an index: seeking is exact
-SHOWS_FRAME = {  # whether a packet shows a frame, as its first bytes say, by codec
+SHOWS_FRAME = {  # by codec, whether a packet's data begin as those of a frame that is shown
     "av1": lambda data: data[0] & 0x78,
-    "h264": lambda data: 0 < int.from_bytes(data[:4], "big") <= len(data) - 4,  # its first unit
+    "h264": lambda data: 0 < int.from_bytes(data[:4], "big") <= len(data) - 4,  # size of a unit
     "hevc": lambda data: 0 < int.from_bytes(data[:4], "big") <= len(data) - 4,
-    "mjpeg": bool,
-    "mpeg4": lambda data: data[:3] == b"\0\0\1" and len(data) > 8,  # a shorter one: no change
-    "prores": bool,
-    "vp8": lambda data: data[0] & 16,  # alternate reference frames are not shown
+    "mpeg4": lambda data: data[:3] == b"\0\0\1" and len(data) > 8,  # shorter: "not coded"
+    "vp8": lambda data: data[0] & 16,  # not set in alternate reference frames
     "vp9": lambda data: data[0] & 10 or data[-1] >> 5 == 6,  # 6: several frames, one is shown
 }
 DECODE_ERRORS = (av.FFmpegError, OSError, ValueError, IndexError)  # what a damaged file can raise
@@ -541,7 +539,7 @@ def decode_frames(path, indices, short_side=None):
 
     Returns torch.uint8 (len(indices), H, W, 3), RGB, upright: what a full decode gives there.
     IndexError for a frame past the end; av.FFmpegError, OSError or ValueError for a file that
-    cannot be decoded. Memory: that of the frames returned and about 200 bytes a packet."""
+    cannot be decoded. Memory: the frames returned, and a few hundred bytes a packet."""
     container, stream = open_video(path)
     with container:
         timestamps, keyframes = list_packets(container, stream)
@@ -572,15 +570,15 @@ def list_packets(container, stream):
     """(timestamps of the packets that show a frame, {index: position in the file} of the key frames
     to seek to), in about 1 ms: only the first packet is decoded.
 
-    Behind a seek the timestamps alone tell which frame is which. So there is no key frame to seek
-    to unless every packet is whole, is one frame and has its own timestamp, and the first is a key
-    frame and the earliest. The B-frames of XviD and DivX (much of UCF101 and all of HMDB51) are out
-    of order in AVI, as those of other codecs, and in any format two frames may share a packet."""
+    After a seek a frame's index is the rank of its timestamp. So no key frame is listed unless
+    every packet is whole, is one frame and has a timestamp of its own, and the first is a key frame
+    and the earliest. Nor where B-frames are in AVI (timestamps out of order) or by XviD and DivX
+    (two frames in a packet), as in much of UCF101 and all of HMDB51."""
+    avi = container.format.name == "avi"
     codec = stream.codec.canonical_name
-    reordered = stream.codec_context.has_b_frames and (
-        container.format.name == "avi" or codec == "mpeg4")
-    exact = container.format.name in SEEKABLE and codec in SHOWS_FRAME and not reordered
-    shows_frame = SHOWS_FRAME[codec] if exact else bool
+    exact = container.format.name in SEEKABLE and not (
+        stream.codec_context.has_b_frames and (avi or codec == "mpeg4"))
+    shows_frame = SHOWS_FRAME.get(codec, bool) if exact else bool
     timestamps = []  # not the packets: they hold the data of the whole file
     positions = {}
     for packet in container.demux(stream):
@@ -590,23 +588,24 @@ def list_packets(container, stream):
             continue
         data = bytes(packet)
         shown = shows_frame(data)
-        hole = packet.is_corrupt or bytes(32) in data  # codecs write no long run of zeros
-        if not shown or hole or packet.has_sidedata("new_extradata"):
+        # Codecs write no long run of zeros: it is a hole in the file.
+        if not shown or bytes(32) in data or packet.has_sidedata("new_extradata"):
             exact = False
         if shown:
             timestamps.append(packet.pts)
             if packet.is_keyframe:
                 positions[packet.pts] = packet.pos
     order = sorted(set(timestamps) - {None})
-    exact = exact and len(order) == len(timestamps)
-    if exact and timestamps[:1] == order[:1] == list(positions)[:1]:
+    if (exact and len(order) == len(timestamps)
+            and timestamps[:1] == order[:1] == list(positions)[:1]):
         return order, {i: positions[t] for i, t in enumerate(order) if t in positions}
     return timestamps, {}
 
 
 def seek(container, stream, position, timestamps):
-    """The frames from a key frame on, as long as they prove the seek: the first comes from the very
-    packet and is a key frame indeed; each has the next timestamp and is whole, not of two fields."""
+    """The frames from a key frame on, for as long as they prove the seek: the first comes from that
+    very packet and is a key frame; each has the next timestamp, is undamaged and not interlaced
+    (whose two fields may be two packets)."""
     with contextlib.suppress(av.FFmpegError):  # the file's own index may know no key frame
         container.seek(timestamps[0], stream=stream)
     packets = itertools.dropwhile(lambda packet: packet.pos != position, container.demux(stream))
@@ -635,9 +634,8 @@ def pick_frames(frames, index, wanted, short_side):
         if index in missing:
             if out is None:  # the first frame settles the size, should it change within the file
                 scale = min(1, (short_side or math.inf) / min(frame.height, frame.width))
-                height = round(frame.height * scale)
-                width = round(frame.width * scale)
-            rgb = scaler.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
+                size = round(frame.width * scale), round(frame.height * scale)
+            rgb = scaler.reformat(frame, *size, "rgb24", threads=1).to_ndarray()
             rgb = turn_upright(rgb, frame.side_data.get("DISPLAYMATRIX"))
             if out is None:
                 out = np.empty((len(wanted), *rgb.shape), np.uint8)
