@@ -428,9 +428,8 @@ class TestDamagedFiles:
         # the headers of some
         ("xvid-like.avi", 20, -8, 500, bytes),
         ("mjpeg.avi", 20, -8, 500, bytes),
-        # a part of a key frame, or of one that builds on it
-        ("h264.mp4", 30, 60, 120, np.random.default_rng(0).bytes),
-        ("h264.mp4", 32, 30, 60, np.random.default_rng(0).bytes),
+        # a part of a key frame, or of one that builds on it (FFmpeg's h264 conceals the same damage
+        # differently from one decode to the next)
         ("xvid-like.avi", 24, 60, 120, np.random.default_rng(0).bytes),
         ("xvid-like.avi", 27, 20, 60, np.random.default_rng(0).bytes)])
     def test_frames_are_those_of_a_full_decode(self, name, number, start, stop, filling, tmp_path):
