@@ -1208,9 +1208,9 @@ def render_toy(root, train=400, test=200, seed=0):
         "trainlist01": rows[test:],
     }
     for name, lines in lists.items():
-        text = "".join(f"{line}\n" for line in lines)
-        write_bytes(root / "ucfTrainTestlist" / f"{name}.txt", text.encode())
-    write_bytes(done, json.dumps(settings).encode())
+        text = "".join(f"{line}\n" for line in lines).encode()
+        write_atomically(root / "ucfTrainTestlist" / f"{name}.txt", lambda file: file.write(text))
+    write_atomically(done, lambda file: file.write(json.dumps(settings).encode()))
 
 
 def encode_video(file, frames, fps=25):
