@@ -993,7 +993,9 @@ def walk_videos(folder, deep=True):
     """The paths of the video files in a folder and below it, sorted; if not deep, of those in the
     folder and in its folders. Linked folders are followed, but none is read twice."""
     seen = {str(above) for above in Path(os.path.realpath(folder)).parents}
-    folders, paths, left_out = [folder], [], []
+    folders = [folder]
+    paths = []
+    left_out = []
     for here in folders:  # which grows
         if (real := os.path.realpath(here)) not in seen:
             seen.add(real)
