@@ -539,7 +539,9 @@ def decode_frames(path, indices, short_side=None):
 
     Returns torch.uint8 (len(indices), H, W, 3), RGB, upright: what a full decode gives there.
     IndexError for a frame past the end; av.FFmpegError, OSError or ValueError for a file that
-    cannot be decoded. Memory: the frames returned, and a few hundred bytes a packet."""
+    cannot be decoded. Memory: the frames returned, and a few hundred bytes a packet.
+
+    Known fault: behind a damaged H.264 frame the pixels have, rarely, not been a full decode's."""
     container, stream = open_video(path)
     with container:
         timestamps, keyframes = list_packets(container, stream)

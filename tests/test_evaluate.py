@@ -2,9 +2,6 @@
 
 import argparse
 import contextlib
-import subprocess
-import sys
-import time
 import csv
 import importlib.util
 import io
@@ -15,6 +12,9 @@ import re
 import select
 import shutil
 import statistics
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
