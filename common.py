@@ -541,7 +541,8 @@ def decode_frames(path, indices, short_side=None):
     IndexError for a frame past the end; av.FFmpegError, OSError or ValueError for a file that
     cannot be decoded. Memory: the frames returned, and a few hundred bytes a packet.
 
-    Known fault: behind a damaged H.264 frame the pixels have, rarely, not been a full decode's."""
+    Known fault: in some H.264 files with bytes damaged inside a key frame, the pixels behind it are
+    not a full decode's."""
     container, stream = open_video(path)
     with container:
         timestamps, keyframes = list_packets(container, stream)
