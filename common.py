@@ -1288,6 +1288,7 @@ def command(main):
 
     @functools.wraps(main)
     def run(argv=None):
+        LOGGED_WARNINGS.clear()  # of an earlier command in this process
         status = 0
         try:
             with warnings.catch_warnings():
@@ -1815,22 +1816,22 @@ class State:
     def save(self):
         """Write the checkpoint, then the log. If the power fails, the old or the new checkpoint is
         there, whole."""
-        content = {
-            **self.metadata,
-            **self.passed_on,
-            "args": vars(self.args),
-            "epoch": self.epoch,
-            "step": self.step,
-            "sums": self.sums,
-            "log": self.log,
-            "finished": self.finished,
-        }
-        for name, module in self.modules.items():
-            content[name] = module.state_dict()
         if rank() == 0:
+            content = {
+                **self.metadata,
+                **self.passed_on,
+                "args": vars(self.args),
+                "epoch": self.epoch,
+                "step": self.step,
+                "sums": self.sums,
+                "log": self.log,
+                "finished": self.finished,
+            }
+            for name, module in self.modules.items():
+                content[name] = module.state_dict()
             write_atomically(self.path, lambda file: torch.save(content, file))
-            text = "".join(f"{line}\n" for line in self.log)
-            write_atomically(self.path.with_suffix(".log"), lambda file: file.write(text.encode()))
+        text = "".join(f"{line}\n" for line in self.log)
+        write_bytes(self.path.with_suffix(".log"), text.encode())
         if world_size() > 1:
             dist.barrier()
         self.note_saved()
@@ -1860,8 +1861,6 @@ def describe_command():
 
 
 READ_EVERY = 10  # steps: reading the numbers makes the host wait for the GPU
-
-
 WARM_UP_STEPS = 5  # of --benchmark
 
 
@@ -2284,10 +2283,10 @@ def report_neighbours(model, videos, labeled, args, device):
     """Print nearest_neighbours of a model beside those of an untrained one and chance."""
     counts = np.bincount(videos.labels[labeled])
     ids = labeled[counts[videos.labels[labeled]] > 1]  # the only one of its class has no match
-    ids = ids[::max(1, len(ids) // 2000)]
-    counts = np.bincount(videos.labels[ids])
     if len(ids) < 2:
         return
+    ids = ids[::math.ceil(len(ids) / 2000)]  # at most 2,000
+    counts = np.bincount(videos.labels[ids])
     untrained = build_model(args.arch, len(videos.classes))
     trained = nearest_neighbours(model, videos, ids, args, device)
     untrained = nearest_neighbours(untrained, videos, ids, args, device)
