@@ -541,8 +541,8 @@ def decode_frames(path, indices, short_side=None):
     IndexError for a frame past the end; av.FFmpegError, OSError or ValueError for a file that
     cannot be decoded. Memory: the frames returned, and a few hundred bytes a packet.
 
-    Known fault: in some H.264 files with bytes damaged inside a key frame, the pixels behind it are
-    not a full decode's."""
+    If damage inside a packet costs its frame, a full decode counts all later frames one lower. Here
+    those behind the next key frame may keep their index."""
     container, stream = open_video(path)
     with container:
         timestamps, keyframes = list_packets(container, stream)
@@ -556,6 +556,8 @@ def decode_frames(path, indices, short_side=None):
             start = max(i for i in keyframes if i <= first)
             frames = seek(container, stream, keyframes[start], timestamps[start:])
             frames, _ = pick_frames(frames, start, wanted, short_side)
+            if frames is not None and holds_damage(stream):
+                frames = None
     if frames is None:  # count from the start
         container, stream = open_video(path)
         with container:
@@ -612,18 +614,33 @@ def seek(container, stream, position, timestamps):
     with contextlib.suppress(av.FFmpegError):  # the file's own index may know no key frame
         container.seek(timestamps[0], stream=stream)
     packets = itertools.dropwhile(lambda packet: packet.pos != position, container.demux(stream))
-    frames = itertools.dropwhile(lambda frame: not frame.key_frame, decode(packets))
+    frames = itertools.dropwhile(lambda frame: not frame.key_frame, decode(packets, strict=True))
     for frame, timestamp in zip(frames, timestamps):
         if frame.pts != timestamp or frame.is_corrupt or frame.interlaced_frame:
             return
         yield frame
 
 
-def decode(packets):
-    """All their frames. A damaged packet yields none and ends nothing, as in players."""
+def decode(packets, strict=False):
+    """All their frames. A damaged packet yields none and ends nothing, as in players; if strict, it
+    ends the frames."""
     for packet in packets:
-        with contextlib.suppress(av.error.InvalidDataError):
+        try:
             yield from packet.decode()
+        except av.error.InvalidDataError:
+            if strict:
+                return
+
+
+def holds_damage(stream):
+    """Whether a frame that the decoder still holds is damaged: B-frames that build on it may have
+    come out before."""
+    try:
+        return any(frame.is_corrupt for frame in stream.codec_context.decode())
+    except av.error.EOFError:  # it has given out all
+        return False
+    except av.error.InvalidDataError:
+        return True
 
 
 def pick_frames(frames, index, wanted, short_side):
