@@ -104,6 +104,13 @@ KINDS = {
     "variable-rate.mkv": {"codec": "libvpx-vp9", "options": {"g": "30"}, "pts": SLOWING},
     "audio-first.mp4": {"codec": "libx264", "options": X264, "before": [("aac", None)]},
     "two-videos.mp4": {"codec": "libx264", "options": X264, "extra": SECOND},
+    "web.gif": {"codec": "gif", "pix_fmt": "rgb8"},
+    "web.flv": {"codec": "flv"},
+    "web.wmv": {"codec": "wmv2"},
+    "phone.3gp": {"codec": "mpeg4"},
+    "camera.mts": {"codec": "libx264", "options": X264},
+    "camera.mxf": {"codec": "mpeg2video"},
+    "raw.h264": {"codec": "libx264", "options": X264},
 }
 
 
@@ -120,6 +127,7 @@ class TestDecoder:
         path = write_video(tmp_path / name, moving_frames(96), **KINDS[name])
         expected = full_decode(path)
         assert len(expected) >= 95
+        assert tb.list_folder(tmp_path)[1] == [name]  # its ending is a video's
         check_exact(path, expected, step=5)
 
     def test_frames_of_real_files_are_those_of_a_full_decode(self, real_data):
