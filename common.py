@@ -1323,7 +1323,8 @@ def command(main):
                      f"({error})")
         except KeyboardInterrupt:
             status = 1
-            complain(f"interrupted{State.saved_at}")
+            if rank() == 0:
+                complain(f"interrupted{State.saved_at}")
         except SystemExit as end:  # of --help and --benchmark
             status = end.code
         if status:
