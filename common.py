@@ -548,27 +548,27 @@ def decode_frames(path, indices, short_side=None):
         timestamps, keyframes = list_packets(container, stream)
         wanted = indices(len(timestamps)) if callable(indices) else indices
         wanted = np.array([int(i) for i in wanted], int)
-        first = min(wanted, default=-1)
+        first, last = min(wanted, default=-1), max(wanted, default=-1)
         if first < 0:
             raise IndexError(f"frames {wanted} asked for")
         frames = None
         if keyframes:
             start = max(i for i in keyframes if i <= first)
-            frames = seek(container, stream, keyframes[start], timestamps[start:])
-            frames, _ = pick_frames(frames, start, wanted, short_side)
-            if frames is not None and holds_damage(stream):
-                frames = None
+            found = seek(container, stream, keyframes[start], timestamps[start:last + 1])
+            with contextlib.suppress(ValueError):
+                frames, _ = pick_frames(found, start, wanted, short_side)
     if frames is None:  # count from the start
         container, stream = open_video(path)
         with container:
-            frames, count = pick_frames(decode(container.demux(stream)), 0, wanted, short_side)
+            found = itertools.islice(decode(container.demux(stream)), last + 1)
+            frames, count = pick_frames(found, 0, wanted, short_side)
     if frames is not None:
         return frames
     if not count:
         raise ValueError("no frame can be decoded")
     if callable(indices):
         return decode_frames(path, indices(count), short_side)
-    raise IndexError(f"frame {max(wanted)} asked for, the video has {count}")
+    raise IndexError(f"frame {last} asked for, the video has {count}")
 
 
 def list_packets(container, stream):
@@ -608,49 +608,41 @@ def list_packets(container, stream):
 
 
 def seek(container, stream, position, timestamps):
-    """The frames from a key frame on, for as long as they prove the seek: the first comes from that
-    very packet and is a key frame; each has the next timestamp, is undamaged and not interlaced
-    (whose two fields may be two packets)."""
+    """The frames with these timestamps, from a key frame on. ValueError unless they prove the seek:
+    the first comes from that very packet and is a key frame; each has the next timestamp, and is
+    not interlaced (whose two fields may be two packets); nothing is damaged."""
     with contextlib.suppress(av.FFmpegError):  # the file's own index may know no key frame
         container.seek(timestamps[0], stream=stream)
     packets = itertools.dropwhile(lambda packet: packet.pos != position, container.demux(stream))
-    frames = itertools.dropwhile(lambda frame: not frame.key_frame, decode(packets, strict=True))
-    for frame, timestamp in zip(frames, timestamps):
+    frames = (frame for packet in packets for frame in packet.decode())
+    frames = itertools.dropwhile(lambda frame: not frame.key_frame, frames)
+    for timestamp, frame in zip(timestamps, frames):
         if frame.pts != timestamp or frame.is_corrupt or frame.interlaced_frame:
-            return
+            raise ValueError("not the expected frame")
         yield frame
+    with contextlib.suppress(EOFError):  # the decoder holds no frame
+        # B-frames come out before the frame on which they build.
+        if any(frame.is_corrupt for frame in stream.codec_context.decode()):
+            raise ValueError("a damaged frame")
 
 
-def decode(packets, strict=False):
-    """All their frames. A damaged packet yields none and ends nothing, as in players; if strict, it
-    ends the frames."""
+def decode(packets):
+    """All their frames. A damaged packet yields none and ends nothing, as in players."""
     for packet in packets:
-        try:
+        with contextlib.suppress(av.error.InvalidDataError):
             yield from packet.decode()
-        except av.error.InvalidDataError:
-            if strict:
-                return
 
 
-def holds_damage(stream):
-    """Whether a frame that the decoder still holds is damaged: B-frames that build on it may have
-    come out before."""
-    try:
-        return any(frame.is_corrupt for frame in stream.codec_context.decode())
-    except av.error.EOFError:  # it has given out all
-        return False
-    except av.error.InvalidDataError:
-        return True
-
-
-def pick_frames(frames, index, wanted, short_side):
+def pick_frames(frames, start, wanted, short_side):
     """(uint8 (T, H, W, 3) of the wanted frames, None if one is missing; count of frames so far).
-    index: that of the first frame. Stops behind the last wanted one."""
+    start: index of the first frame."""
     missing = set(wanted.tolist())
     out = None
+    count = start
     # One for all frames: PyAV's default is one for each, 4 times slower.
     scaler = av.video.reformatter.VideoReformatter()
-    for frame in frames:
+    for index, frame in enumerate(frames, start):
+        count = index + 1
         if index in missing:
             if out is None:  # the first frame settles the size, should it change within the file
                 scale = min(1, (short_side or math.inf) / min(frame.height, frame.width))
@@ -661,10 +653,7 @@ def pick_frames(frames, index, wanted, short_side):
                 out = np.empty((len(wanted), *rgb.shape), np.uint8)
             out[wanted == index] = rgb
             missing.remove(index)
-        index += 1
-        if not missing:
-            return torch.from_numpy(out), index
-    return None, index
+    return None if missing else torch.from_numpy(out), count
 
 
 def turn_upright(picture, matrix):
