@@ -541,8 +541,9 @@ def decode_frames(path, indices, short_side=None):
     IndexError for a frame past the end; av.FFmpegError, OSError or ValueError for a file that
     cannot be decoded. Memory: the frames returned, and a few hundred bytes a packet.
 
-    If damage inside a packet costs its frame, a full decode counts all later frames one lower. Here
-    those behind the next key frame may keep their index."""
+    In a damaged file, frames behind the damage and the next key frame may be those that the intact
+    file has at these indices. In a full decode the damage may last longer: if it costs a frame, all
+    later ones are counted one lower."""
     container, stream = open_video(path)
     with container:
         timestamps, keyframes = list_packets(container, stream)
