@@ -158,6 +158,17 @@ def test_teachers_are_combined_by_the_similarity_of_the_test_video(chain, toy):
         assert rows["teachers, TSTR"][i].allclose(s * p[0, i] + (1 - s) * p[1, i], atol=1e-4)
 
 
+def test_teachers_that_have_moved_find_stage_1_beside_them(chain, tmp_path):
+    shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
+    for name in ("inv_ft", "dist_ft"):
+        saved = load(tmp_path, name)
+        saved["args"]["out"] = "gone"
+        torch.save(saved, tmp_path / f"{name}.pt")
+    evaluate.main([str(tmp_path), *EVALUATE])
+    before, after = ([{**r, "seconds": 0} for r in read_results(out)] for out in (chain, tmp_path))
+    assert before == after and after[4]["checkpoint"] == "teachers, TSTR"
+
+
 def test_stage_1_with_different_clips_costs_one_line(chain, toy, tmp_path, capsys, complaint):
     shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
     (tmp_path / "student.pt").unlink()
