@@ -90,11 +90,7 @@ def cosine_similarity(a, b):
 
     The vectors need not be normalised. float64 stays float64; all else is computed in float32,
     inside autocast too: in bfloat16 a cosine of 0.9 is off by 0.002, and 1 / temperature makes that
-    0.02. ValueError for other shapes or types."""
-    vectors = all(torch.is_tensor(x) and x.is_floating_point() and x.ndim > 1 for x in (a, b))
-    if not vectors or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-1]:
-        raise ValueError("expected floating-point tensors (..., n, d) and (..., m, d); "
-                         f"found {describe(a)}, {describe(b)}")
+    0.02."""
     with torch.autocast(a.device.type, enabled=False):
         a = F.normalize(at_least_float32(a), dim=-1)
         b = F.normalize(at_least_float32(b), dim=-1)
@@ -221,13 +217,10 @@ def combine_teachers(p_inv, p_dist, score):
 
 
 # ==== Models and public weights ===================================================================
-# build_model, R3D, SlowR50, ProjectionHead, Embedder, count_time_steps, load_backbone
+# build_model, R3D, SlowR50, ProjectionHead, Embedder, load_backbone
 class Backbone(nn.Module):
-    """What both networks share: list_blocks(), the stem and the residual blocks in their order.
-
-    checkpointing: recompute the activations of each block in the backward pass, instead of keeping
-    them (activation checkpointing)."""
-    checkpointing = False
+    """What both networks share: list_blocks(), the stem and the residual blocks in their order."""
+    checkpointing = False  # recompute each block's activations in the backward pass
 
     def features(self, x):
         """(B, 3, T, H, W) -> (B, D, T'), pooled over space only."""
@@ -241,8 +234,7 @@ class Backbone(nn.Module):
         return x.mean((3, 4))
 
     def initialise(self, mean, std):
-        """torchvision's and PyTorchVideo's initial weights; mean, std: of the RGB in [0, 1] that
-        theirs expect."""
+        """torchvision's and PyTorchVideo's initial weights; mean, std: of RGB in [0, 1]."""
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
         for module in self.modules():
@@ -273,37 +265,30 @@ class R3D(Backbone):
     """torchvision's r3d_18, key for key and shape for shape, but layer4 keeps the time axis.
 
     Its first convolution and its downsampling have no temporal stride, the convolution a temporal
-    dilation of 2 instead: 16 frames leave T' = 4 time steps, which L_D2 needs. r3d_18 has width 64
-    and 2 blocks a layer. early: the first halving of time in the stem instead of layer2, which
-    takes half the operations."""
+    dilation of 2 instead: 16 frames leave T' = 4 time steps, which L_D2 needs. early: the first
+    halving of time in the stem instead of layer2, which takes half the operations."""
 
     def __init__(self, num_classes, width=64, depth=2, early=False):
         super().__init__()
 
         def layer(dim_in, dim_out, stride):
             shortcut = None
-            if stride > 1:
+            if dim_in != dim_out:
                 shortcut = nn.Sequential(
                     nn.Conv3d(dim_in, dim_out, 1, stride, bias=False), nn.BatchNorm3d(dim_out))
             blocks = [BasicBlock(dim_in, dim_out, Conv3DSimple, stride, shortcut)]
-            for _ in range(depth - 1):
-                blocks.append(BasicBlock(dim_out, dim_out, Conv3DSimple))
+            blocks += [BasicBlock(dim_out, dim_out, Conv3DSimple) for _ in range(depth - 1)]
             return nn.Sequential(*blocks)
 
         stem = nn.Conv3d(3, width, (3, 7, 7), (1 + early, 2, 2), (1, 3, 3), bias=False)
         self.stem = nn.Sequential(stem, nn.BatchNorm3d(width), nn.ReLU(inplace=True))
         self.layer1 = layer(width, width, 1)
-        self.layer2 = layer(width, 2 * width, 2)
+        self.layer2 = layer(width, 2 * width, (2 - early, 2, 2))
         self.layer3 = layer(2 * width, 4 * width, 2)
-        self.layer4 = layer(4 * width, 8 * width, 2)
-        self.fc = nn.Linear(8 * width, num_classes)
-        if early:
-            self.layer2[0].conv1[0].stride = (1, 2, 2)
-            self.layer2[0].downsample[0].stride = (1, 2, 2)
+        self.layer4 = layer(4 * width, 8 * width, (1, 2, 2))
         conv = self.layer4[0].conv1[0]
-        conv.stride = (1, 2, 2)
         conv.dilation = conv.padding = (2, 1, 1)
-        self.layer4[0].downsample[0].stride = (1, 2, 2)
+        self.fc = nn.Linear(8 * width, num_classes)
         self.initialise(mean=(0.43216, 0.394666, 0.37645), std=(0.22803, 0.22145, 0.216989))
 
     def list_blocks(self):
@@ -344,9 +329,7 @@ class Bottleneck(nn.Module):
 
 class SlowR50(Backbone):
     """PyTorchVideo's slow_r50 (the paper's 3D-ResNet-50), key for key and number for number, for
-    any input size.
-
-    No temporal stride anywhere, temporal kernels of 3 in the last two stages only."""
+    any input size."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -397,12 +380,6 @@ def build_model(arch, num_classes):
     return ARCHS[arch](num_classes)
 
 
-def count_time_steps(arch, frames, size):
-    """T', the number of time steps in the features of a clip of `frames` frames."""
-    with torch.device("meta"):  # computes only shapes
-        return build_model(arch, 1).features(torch.empty(1, 3, frames, size, size)).shape[2]
-
-
 class ProjectionHead(nn.Sequential):
     """g, supplement B.1.2: (B, dim) clip features -> (B, 128), L2-normalised."""
 
@@ -419,8 +396,7 @@ class ProjectionHead(nn.Sequential):
 
 
 class Embedder(nn.Module):
-    """g(f(x)): a backbone of build_model and its projection head in one module, as
-    DistributedDataParallel needs it."""
+    """g(f(x)), a backbone and its projection head, in one module for DistributedDataParallel."""
 
     def __init__(self, backbone):
         super().__init__()
@@ -437,13 +413,11 @@ class Embedder(nn.Module):
 
         First a row for each short clip, pooled over time, then `slices` rows for each long clip,
         one for each temporal slice of its features. All rows pass the head together, so that its
-        BatchNorm sees one batch. ValueError for another shape, or if T' is no multiple of
-        `slices`."""
+        BatchNorm sees one batch. ValueError if T' is no multiple of `slices`."""
         check_tensors("N 3 T H W", clips)
         f = self.backbone.features(clips)  # (N, D, T')
-        if not 0 <= num_long <= len(f) or slices < 1 or f.shape[2] % slices:
-            raise ValueError(f"cannot cut {num_long} of {len(f)} clips, which have {f.shape[2]} "
-                             f"time steps, into {slices} slices")
+        if f.shape[2] % slices:
+            raise ValueError(f"cannot cut {f.shape[2]} time steps into {slices} slices")
         pooled, unpooled = f.split([len(f) - num_long, num_long])
         unpooled = unpooled.unflatten(2, (slices, -1)).mean(3)  # (num_long, D, slices)
         unpooled = unpooled.transpose(1, 2).flatten(0, 1)  # (num_long * slices, D)
@@ -455,12 +429,11 @@ PREFIXES = ("module.0.", "module.", "model.", "backbone.")
 
 
 def load_backbone(model, saved):
-    """Load all weights except the classifier's from what torch.load returned, whichever program
-    wrote it -> how many tensors were taken and how many were left.
+    """Load all weights except the classifier's from the dict that torch.load returned, whichever
+    program wrote it -> how many tensors were taken and how many were left.
 
     Known public forms: torchvision's r3d_18 (a bare state dict), PyTorchVideo's slow_r50 (under
-    "model_state"), TCLR's (under "state_dict", trained on BGR frames). Names may have PREFIXES and
-    torch.compile's. ValueError if there are no weights, or one is missing or does not fit."""
+    "model_state"), TCLR's (under "state_dict", trained on BGR frames)."""
     def tensors_in(content):
         items = content.items() if isinstance(content, dict) else ()
         return {k: w for k, w in items if isinstance(k, str) and torch.is_tensor(w)}
@@ -472,7 +445,7 @@ def load_backbone(model, saved):
         return name
 
     places = ("state_dict", "model_state", "model_state_dict", "model")
-    inner = [saved.get(place) for place in places] if isinstance(saved, dict) else []
+    inner = [saved.get(place) for place in places]
     named = next(filter(None, map(tensors_in, [*inner, saved])), {})
     if not named:
         raise ValueError(f"found no weights, not under {', '.join(places)} either")
@@ -480,18 +453,13 @@ def load_backbone(model, saved):
     if len(weights) < len(named):
         raise ValueError("found several networks: save the weights of only one")
     own = {k: w for k, w in model.state_dict().items() if not k.startswith(CLASSIFIERS)}
-    fitting = {}
-    for key, weight in own.items():
-        w = weights.get(key)
-        if w is not None and w.shape == weight.shape:
-            if w.is_floating_point() or not weight.is_floating_point():
-                fitting[key] = w
-    unfit = [k for k in own if k not in fitting and not k.endswith("num_batches_tracked")]
-    if unfit:
-        key = unfit[0]
-        found = describe(weights[key]) if key in weights else "missing"
-        raise ValueError(f"{len(fitting)} of {len(own)} tensors fit; {key} is {found}, expected "
-                         f"{describe(own[key])}: another arch?")
+    fitting = {k: weights[k] for k, w in own.items()
+               if k in weights and weights[k].shape == w.shape}
+    for key, w in own.items():
+        if key not in fitting and not key.endswith("num_batches_tracked"):
+            found = describe(weights[key]) if key in weights else "missing"
+            raise ValueError(f"{len(fitting)} of {len(own)} tensors fit; {key} is {found}, "
+                             f"expected {describe(w)}: another arch?")
     if "module.0.stem.0.weight" in named:
         fitting["stem.0.weight"] = fitting["stem.0.weight"].flip(1)
     model.load_state_dict(fitting, strict=False)
@@ -677,9 +645,8 @@ def clip_indices(count, frames, stride=1, position=0.5):
     and L_D could not tell them apart.
 
     position: from 0 (the clip begins with the video) to 1 (it ends with it). ValueError for a
-    position beyond these, or if a number of frames is not whole or below 1."""
-    whole = all(isinstance(n, (int, np.integer)) and n > 0 for n in (count, frames, stride))
-    if not whole or not 0 <= position <= 1:
+    position beyond these, or a number of frames below 1."""
+    if min(count, frames, stride) < 1 or not 0 <= position <= 1:
         raise ValueError(f"no clip of {frames} frames, {stride} apart, lies at {position} of a "
                          f"video of {count} frames")
     slack = count - clip_span(frames, stride)
@@ -732,7 +699,7 @@ def augment_clips(clips, size, rngs, area=0.3, jitter=0.4, hue=0.1, jitter_prob=
     crops = []
     flipped = []
     grey = []
-    # By place in the order and change: indices of the clips that get this change there.
+    # By place in the order and change: the clips that get this change there, all at once.
     changed = {(place, change): [] for place in range(4) for change in range(4)}
     amounts = np.zeros((len(clips), 4))  # of brightness, contrast, saturation, hue
     for i, (clip, rng) in enumerate(zip(clips, rngs)):
@@ -876,9 +843,9 @@ class Videos:
     (-1: not known), classes."""
 
     def __init__(self, folder, names, labels, classes):
-        self.folder = str(folder)
+        self.folder = folder
         self.labels = np.array(labels, np.int64)
-        self.classes = list(classes)
+        self.classes = classes
         # One block of bytes. A list of strings would be copied into every worker, as its reference
         # counts change.
         self.encoded_names = np.array([os.fsencode(name) for name in names])
@@ -921,16 +888,13 @@ def read_videos(data, root, train, split=1, pool="train"):
         folder, classes, class_of = read_folders(data, root, train)
     if not class_of:
         raise wrong_tree(data, root, f"no {'training' if train else 'test'} videos")
-    parents = {os.path.dirname(name) for name in class_of}
-    on_disk = {os.path.join(parent, file) for parent in parents if os.path.isdir(folder / parent)
-               for file in sum(list_folder(folder / parent), [])}
-    if missing := sorted(class_of.keys() - on_disk):
+    names = [name for name in class_of if os.path.exists(folder / name)]
+    if missing := sorted(class_of.keys() - names):
         problem = (f"{len(missing)} of {len(class_of)} listed videos are not in {folder}, such as "
                    + missing[0])
         if len(missing) > 0.05 * len(class_of):
             raise wrong_tree(data, root, problem)
         warnings.warn(problem)
-    names = [name for name in class_of if name in on_disk]
     number = {None: -1} | {c: k for k, c in enumerate(classes)}
     if unknown := sorted(set(class_of.values()) - number.keys()):
         raise UserError(f"{root}: videos are listed of {unknown[0]}, but this class is not")
@@ -1028,9 +992,9 @@ def list_folder(folder):
 
     _, folders, files = next(os.walk(folder, onerror=refuse))
     folders = sorted(name for name in folders if not name.startswith(HIDDEN))
-    files = sorted(name for name in files if not name.startswith("."))
-    videos = [name for name in files if name.lower().endswith(SUFFIXES)]
-    return folders, videos, [name for name in files if not name.lower().endswith(SUFFIXES)]
+    files = {name for name in files if not name.startswith(".")}
+    videos = {name for name in files if name.lower().endswith(SUFFIXES)}
+    return folders, sorted(videos), sorted(files - videos)
 
 
 def read_lines(path):
@@ -1110,15 +1074,14 @@ def set_digest(names):
 
 HEIGHT, WIDTH = 40, 56  # pixels of a frame
 TOY_COLOURS = np.array([(220, 60, 50), (60, 190, 80), (60, 90, 220), (230, 200, 60)], np.uint8)
-TOY_PATTERNS = {  # of the object, over u, v in [-1, 1]; a repetitive class is told by its pattern
+TOY_PATTERNS = {  # of the object, over u, v in [-1, 1]
     "Stripes": lambda u, v: np.floor(2 * (u + 1)) % 2 == 0,
     "Checker": lambda u, v: (u > 0) == (v > 0),
     "Ring": lambda u, v: np.maximum(np.abs(u), np.abs(v)) > 0.5,
     "Bars": lambda u, v: np.floor(2 * (v + 1)) % 2 == 0,
 }
-# A composite class is told by its two movements, one after the other. Up and down have the same
-# frames, grow and shrink, too: only their order tells. Each is of two classes, so that who takes
-# the clips of a video for alike takes all four classes for alike.
+# Up and down have the same frames, grow and shrink, too: only their order tells. Each is of two
+# classes, so that who takes the clips of a video for alike takes all four classes for alike.
 TOY_MOVES = {
     "UpGrow": ("up", "grow"),
     "GrowDown": ("grow", "down"),
@@ -1170,7 +1133,7 @@ def paint_toy(square, length, pattern, colour, scene):
     """Frames, uint8 (length, 40, 56, 3), of a square object in one of two scenes.
 
     square: x, y and radius in pixels, each a number or one for each frame."""
-    v, u = np.meshgrid(np.arange(HEIGHT), np.arange(WIDTH), indexing="ij")
+    v, u = np.mgrid[:HEIGHT, :WIDTH]
     ground = 110 + 30 * (u // 8 % 2) if scene else 60 + 40 * v / HEIGHT
     x, y, radius = (np.broadcast_to(square[key], length)[:, None, None]
                     for key in ("x", "y", "radius"))
@@ -1181,15 +1144,14 @@ def paint_toy(square, length, pattern, colour, scene):
     return np.where(inside, figure, ground[..., None].astype(np.uint8))
 
 
-def render_toy(root, train=400, test=200, seed=0):
+def render_toy(root, train=400, test=200):
     """Write the toy videos as MPEG-4 files in UCF101's layout, unless toy.json says that all are
     there; UserError if the folder holds anything else.
 
-    The frames depend only on the seed. Every file is complete or absent, so a rendering that was
-    interrupted goes on."""
+    Every file is complete or absent, so a rendering that was interrupted goes on."""
     root = Path(root)
     done = root / "toy.json"
-    settings = {"version": 2, "train": train, "test": test, "seed": seed}
+    settings = {"version": 2, "train": train, "test": test}
     if os.path.exists(done):
         if json.loads(done.read_text())["version"] != settings["version"]:
             raise UserError(f"{root} holds toy videos of another version: remove it or choose "
@@ -1211,7 +1173,7 @@ def render_toy(root, train=400, test=200, seed=0):
         names.append(f"{c}/v_{c}_g{k // 4 + 1:02}_c{k % 4 + 1:02}.avi")
         path = root / "UCF-101" / names[i]
         if not path.exists():
-            frames = toy_clip(label, draw(seed, int.from_bytes(names[i].encode(), "big")))
+            frames = toy_clip(label, draw(0, int.from_bytes(names[i].encode(), "big")))
             write_atomically(path, lambda file: encode_video(file, frames))
     rows = [f"{name} {i % len(classes) + 1}" for i, name in enumerate(names)]
     lists = {
@@ -1225,11 +1187,11 @@ def render_toy(root, train=400, test=200, seed=0):
     write_atomically(done, lambda file: file.write(json.dumps(settings).encode()))
 
 
-def encode_video(file, frames, fps=25):
+def encode_video(file, frames):
     """uint8 (T, H, W, 3) -> MPEG-4 in an AVI container, as UCF101's files are."""
     with av.open(file, "w", format="avi") as container:
         options = {"qscale": "3", "threads": "1"}
-        stream = container.add_stream("mpeg4", rate=fps, options=options)
+        stream = container.add_stream("mpeg4", rate=25, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for array in frames:
@@ -1271,8 +1233,8 @@ class TrainingError(UserError):
 def print0(*text):
     """Print above the progress bar, in torchrun's first process only. Characters that the terminal
     cannot encode, as a file's name may have, are escaped."""
-    if os.environ.get("RANK", "0") == "0":
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    if rank() == 0:
+        encoding = sys.stdout.encoding or "utf-8"
         line = " ".join(map(str, text))
         tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding))
 
@@ -1301,12 +1263,9 @@ def command(main):
             with warnings.catch_warnings():
                 warnings.showwarning = warn
                 main(argv)
-        except UserError as error:
-            status = error.status
+        except (UserError, PermissionError) as error:
+            status = getattr(error, "status", 2)
             complain(error)
-        except PermissionError as error:
-            status = 2
-            complain(f"{error.filename}: {error.strerror}")
         except torch.cuda.OutOfMemoryError as error:
             status = 2
             complain("out of GPU memory: try --checkpointing, or a smaller --batch or --size "
@@ -1332,12 +1291,6 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def shard(items):
-    """This process's consecutive part of a list that all processes have."""
-    share = len(items) // world_size()
-    return items[rank() * share:(rank() + 1) * share]
-
-
 def all_gather(z):
     """(B, ...) of each process -> (processes * B, ...), in the order of ranks, on every process,
     with gradient for its own rows.
@@ -1355,7 +1308,7 @@ def all_gather(z):
 
 
 def gather_objects(value):
-    """Every process's value, in a list, on every process."""
+    """Every process's value, in a list."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -1371,7 +1324,7 @@ def broadcast(value):
 
 
 def join_processes(device):
-    """Join torchrun's processes, if there are any. UserError if its variables are incomplete."""
+    """Join torchrun's processes, if there are any."""
     needed = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
     found = [name for name in needed if name in os.environ]
     if not {"RANK", "WORLD_SIZE"} & set(found) or dist.is_initialized():
@@ -1522,8 +1475,7 @@ def row_sums(x, dtype, eps):
 
 
 def warm_up(optimizer, lr, epoch, warmup):
-    """Set the learning rate lr * (epoch + 1) / warmup in the first `warmup` epochs (supplement
-    B.2)."""
+    """The learning rate rises linearly in the first `warmup` epochs (supplement B.2)."""
     if epoch < warmup:
         for group in optimizer.param_groups:
             group["lr"] = lr * (epoch + 1) / warmup
@@ -1606,7 +1558,7 @@ class Batches:
         self.seed = seed
         self.workers = args.workers
         self.device = device
-        self.unreadable = {}  # id: reason
+        self.unreadable = set()  # ids
         self.replaced = 0  # unreadable videos of this process since Meter last read the number
         self.short = 0  # the same for videos with fewer frames than `span`
         if steps is None:
@@ -1638,10 +1590,11 @@ class Batches:
         return groups
 
     def items(self, first, last):
-        """This process's (key, id), from step to step."""
+        """This process's (key, id), from step to step: a consecutive part of each pool's."""
         for step in range(first, last):
             for group in self.keys(*divmod(step, self.steps)):
-                for key in shard(group):
+                share = len(group) // world_size()
+                for key in group[rank() * share:(rank() + 1) * share]:
                     yield key, key[2]
 
     def stream(self, first, last):
@@ -1650,14 +1603,13 @@ class Batches:
         ahead = max(2, math.ceil(2 * self.share / max(1, self.workers)))  # two batches
         loader = self.dataset.loader(self.items(first, last), self.workers, self.device, ahead)
         for step in range(first, last):
+            place = divmod(step, self.steps)
             batch = Batch([], [], [])
-            candidates = {}  # pool: its substitutes
+            candidates = [self.substitutes(k, *place) for k in range(len(self.pools))]
             for key, i, frames, count in itertools.islice(loader, self.share):
                 key = tuple(key)  # data loaders make lists of tuples
                 while isinstance(frames, str):
                     self.note_unreadable(key, i, frames)
-                    if key[0] not in candidates:
-                        candidates[key[0]] = self.substitutes(key[0], *divmod(step, self.steps))
                     i = next(candidates[key[0]], None)
                     if i is None:
                         raise UserError("too few videos can be decoded to fill a batch: choose a "
@@ -1667,8 +1619,7 @@ class Batches:
                 batch.videos.append(frames.to(self.device, non_blocking=True))
                 batch.ids.append(i)
                 batch.keys.append(key)
-            dropout_seed = draw(self.seed, *divmod(step, self.steps), rank()).integers(2**63)
-            torch.manual_seed(dropout_seed)
+            torch.manual_seed(draw(self.seed, *place, rank()).integers(2**63))  # of dropout
             yield batch
 
     def substitutes(self, pool, epoch, step):
@@ -1685,7 +1636,7 @@ class Batches:
     def note_unreadable(self, key, i, reason):
         self.replaced += 1
         if i not in self.unreadable:
-            self.unreadable[i] = reason
+            self.unreadable.add(i)
             tqdm.write(f"warning: {self.videos.path(i)}: {reason}; another video replaces it",
                        file=sys.stderr)
             check_unreadable(self.unreadable, self.pools[key[0]].ids, self.videos)
@@ -1695,7 +1646,7 @@ def check_unreadable(unreadable, ids, videos):
     """UserError if over 10 % of the videos `ids` are among the unreadable ones."""
     bad = [videos.path(i) for i in ids if i in unreadable]
     if len(bad) > 0.1 * len(ids):
-        names = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+        names = ", ".join(bad[:5]) + ", ..." * (len(bad) > 5)
         raise UserError(f"{len(bad)} of {len(ids)} videos cannot be decoded, more than 10 %: "
                         f"repair or remove {names}")
 
@@ -1710,8 +1661,7 @@ RECALIBRATION = 30  # steps, but at most a tenth of the run
 
 
 class State:
-    """The state of a training run: everything that its checkpoint OUT/NAME.pt holds. Where the
-    checkpoint exists already, the run goes on from it.
+    """All that the checkpoint OUT/NAME.pt of a run holds. Where it exists, the run goes on from it.
 
     net: the module to train, with its initial weights: a classifier or an Embedder. batches: its
     Batches. passed_on: what later stages need beside the weights."""
@@ -1763,7 +1713,7 @@ class State:
         self.net = nn.parallel.DistributedDataParallel(net) if world_size() > 1 else net
 
     def resume(self):
-        """Go on from the checkpoint. UserError if another command made it."""
+        """Go on from the checkpoint."""
         saved = read_checkpoint(self.path, with_optimizer=True)
         if saved.get("stage") != self.metadata["stage"]:
             raise UserError(f"{self.path} was not written by this stage: choose another --out, or "
@@ -1811,9 +1761,7 @@ class State:
         self.epoch += 1
         self.step = 0
         self.sums = {}
-        line = {"epoch": self.epoch}
-        for key, value in numbers.items():
-            line[key] = round(value, 6) if isinstance(value, float) else value
+        line = {"epoch": self.epoch, **{key: round(x, 6) for key, x in numbers.items()}}
         print0(f"{self.name}:", ", ".join(f"{key} {value:.4g}" for key, value in line.items()))
         if LOGGED_WARNINGS:
             line["warnings"] = LOGGED_WARNINGS.copy()
@@ -1822,8 +1770,7 @@ class State:
         self.save()
 
     def save(self):
-        """Write the checkpoint, then the log. If the power fails, the old or the new checkpoint is
-        there, whole."""
+        """Write the checkpoint, then the log."""
         if rank() == 0:
             content = {
                 **self.metadata,
@@ -1834,14 +1781,12 @@ class State:
                 "sums": self.sums,
                 "log": self.log,
                 "finished": self.finished,
+                **{name: module.state_dict() for name, module in self.modules.items()},
             }
-            for name, module in self.modules.items():
-                content[name] = module.state_dict()
             write_atomically(self.path, lambda file: torch.save(content, file))
         text = "".join(f"{line}\n" for line in self.log)
         write_bytes(self.path.with_suffix(".log"), text.encode())
-        if world_size() > 1:
-            dist.barrier()
+        broadcast(None)  # the other processes wait for it
         self.note_saved()
 
     def note_saved(self):
@@ -1859,10 +1804,9 @@ class State:
 
 def describe_command():
     """The first line of a log: the command, the commit of this code, versions."""
-    folder = os.path.dirname(os.path.abspath(__file__))
     commit = None
     if shutil.which("git"):
-        git = ["git", "-C", folder, "rev-parse", "HEAD"]
+        git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     versions = {module.__name__: module.__version__ for module in (torch, torchvision, av, np)}
     return {"command": " ".join(sys.argv), "commit": commit, **versions}
@@ -1884,8 +1828,6 @@ class Meter:
         if self.args.benchmark:
             steps = WARM_UP_STEPS + self.args.benchmark
         self.stream = batches.stream(state.steps_done(), state.steps_done() + steps)
-        self.steps_here = 0  # of this process since it started
-        self.begin = time.perf_counter()
         self.reset()
 
     def reset(self):
@@ -1906,8 +1848,9 @@ class Meter:
             yield from self.benchmark(self.args.benchmark)
         state = self.state
         self.reset()
-        with tqdm(total=self.batches.steps, initial=state.step, leave=False,
-                  desc=f"{state.name}: epoch {epoch + 1}/{self.args.epochs}",
+        # Of the whole run, so that it shows the time that is left.
+        with tqdm(total=self.args.epochs * self.batches.steps, initial=state.steps_done(),
+                  leave=False, desc=f"{state.name}: epoch {epoch + 1}/{self.args.epochs}",
                   disable=True if rank() else None) as self.bar:
             while state.step < self.batches.steps:
                 yield self.next_batch()
@@ -1919,16 +1862,13 @@ class Meter:
                     state.save()
 
     def add(self, clips, **terms):
-        """Note a step's number of clips and its loss terms, scalars, of which the first is the
-        loss."""
+        """Note a step's number of clips and its loss terms, scalars."""
         self.names = list(terms)
         self.unread.append(torch.stack([term.detach().float() for term in terms.values()]))
         self.clips += clips
-        self.steps_here += 1
 
     def read(self):
-        """Add the numbers of the steps since the last reading to the sums. TrainingError if one is
-        not finite."""
+        """Add the numbers of the steps since the last reading to the sums."""
         state = self.state
         device = self.unread[0].device
         counts = torch.tensor([self.clips, self.waiting, self.batches.short, self.batches.replaced],
@@ -1952,17 +1892,13 @@ class Meter:
                 f"a loss is not finite in epoch {state.epoch + 1}, steps {state.step - steps + 1} "
                 f"to {state.step}: a smaller --lr, or --precision fp32? {state.path} was left as "
                 "it was")
-        seconds_per_step = (time.perf_counter() - self.begin) / self.steps_here
-        left = round(seconds_per_step * state.steps_left() / 60)
-        self.bar.set_description(f"{state.name}: epoch {state.epoch + 1}/{self.args.epochs}, "
-                                 f"{left // 60} h {left % 60} min left", refresh=False)
         self.bar.set_postfix({name: f"{state.sums[name] / state.step:.3f}" for name in self.names},
                              refresh=False)
 
     def means(self):
         """The numbers of the epoch that ends: means of the loss terms, learning rate, speed."""
         sums = self.state.sums
-        unreadable = set().union(*gather_objects(list(self.batches.unreadable)))
+        unreadable = set().union(*gather_objects(self.batches.unreadable))
         if unreadable:
             names = sorted(map(self.batches.videos.name, unreadable))
             print0("cannot be decoded:", ", ".join(names))
@@ -1996,7 +1932,6 @@ class Meter:
             yield batch
         self.unread[-1].tolist()
         seconds = time.perf_counter() - self.since
-        waiting = self.waiting
         keys = batch.keys[:16]
         begin = time.perf_counter()
         for key in keys:
@@ -2004,7 +1939,7 @@ class Meter:
         numbers = {
             "videos_per_s": count * self.batches.share * world_size() / seconds,
             "ms_per_step": 1000 * seconds / count,
-            "waiting_share": waiting / seconds,
+            "waiting_share": self.waiting / seconds,
             "decode_ms_per_video": 1000 * (time.perf_counter() - begin) / len(keys),
             "memory_gib": peak_memory(self.batches.device),
         }
@@ -2118,17 +2053,9 @@ def load_classifier(saved, device):
     return model.to(device, memory_format=torch.channels_last_3d).requires_grad_(False).eval()
 
 
-def load_embedder(saved, device):
-    """The backbone and projection head of a checkpoint of stage 1, in eval mode."""
-    embedder = Embedder(build_model(saved["arch"], len(saved["classes"])))
-    embedder.backbone.load_state_dict(saved["model"])
-    embedder.head.load_state_dict(saved["head"])
-    return embedder.to(device, memory_format=torch.channels_last_3d).eval()
-
-
 # ==== Passes over videos, and arguments ===========================================================
-# training_videos, labeled_and_all_videos, measure_similarity, video_similarity, report_neighbours,
-# Parser, shared_arguments, recipe, start, settle
+# training_videos, labeled_and_all_videos, measure_similarity, video_similarity, Parser,
+# shared_arguments, recipe, start, settle
 def training_videos(args):
     """The training videos of --data, all labels hidden."""
     videos = read_training_videos(args)
@@ -2232,8 +2159,7 @@ def map_videos(function, videos, indices, group_size, size, workers, device, tit
 
 
 def measure_similarity(embedder, videos, args, device):
-    """What stage 1 passes on to stage 3: video_similarity of the training videos.
-    UserError if over 10 % of them cannot be decoded."""
+    """What stage 1 passes on to stage 3: video_similarity of the training videos."""
     rows, unreadable = video_similarity(embedder, videos, args, device)
     check_unreadable(unreadable, range(len(videos)), videos)
     return {
@@ -2264,50 +2190,10 @@ def video_similarity(embedder, videos, args, device):
                       "similarity")
 
 
-def nearest_neighbours(backbone, videos, ids, args, device):
-    """The share of the videos `ids` whose nearest other one is of the same class: what the features
-    of stage 1 know of the classes, before a label has trained them.
-
-    By the cosine of features, mean over time, of the clip in the middle of each video. ids: of
-    videos whose class has at least two among them."""
-    def features(frames):
-        clips = [centre_crop(video, args.size) for video in frames]
-        with autocast(args, device):
-            return backbone.features(to_input(clips, backbone)).float().mean(2)
-
-    names = [videos.name(i) for i in ids]
-    some = Videos(videos.folder, names, videos.labels[ids], videos.classes)
-    span = functools.partial(spaced_clips, clips=1, frames=args.frames, stride=args.stride)
-    backbone.to(device, memory_format=torch.channels_last_3d).eval()
-    rows, _ = map_videos(features, some, span, args.batch, args.size, args.workers, device,
-                         "neighbours")
-    z = torch.stack(list(rows.values()))
-    labels = some.labels[list(rows)]
-    nearest = cosine_similarity(z, z).fill_diagonal_(-torch.inf).argmax(1)
-    return float((labels[nearest] == labels).mean())
-
-
-def report_neighbours(model, videos, labeled, args, device):
-    """Print nearest_neighbours of a model beside those of an untrained one and chance."""
-    counts = np.bincount(videos.labels[labeled])
-    ids = labeled[counts[videos.labels[labeled]] > 1]  # the only one of its class has no match
-    if len(ids) < 2:
-        return
-    ids = ids[::math.ceil(len(ids) / 2000)]  # at most 2,000
-    counts = np.bincount(videos.labels[ids])
-    untrained = build_model(args.arch, len(videos.classes))
-    trained = nearest_neighbours(model, videos, ids, args, device)
-    untrained = nearest_neighbours(untrained, videos, ids, args, device)
-    chance = (counts * (counts - 1)).sum() / len(ids) / (len(ids) - 1)
-    print0(f"{args.init}: the nearest other labelled video is of the same class for "
-           f"{100 * trained:.1f} % of {len(ids)} videos; of an untrained network for "
-           f"{100 * untrained:.1f} %, at chance for {100 * chance:.1f} %")
-
-
 def paired_similarity(teachers):
     """The videos of which both teachers' checkpoints hold C of Eq. 5: names, and both C, (N, n, n).
 
-    teachers: {name: content} of two. UserError if one holds none, or for another n."""
+    teachers: {name: content} of two."""
     for name, saved in teachers.items():
         if "similarity" not in saved:
             raise UserError(f"{name} does not come from stage 1, TSTR cannot weigh it: "
@@ -2318,13 +2204,9 @@ def paired_similarity(teachers):
         raise UserError(f"{' and '.join(teachers)} come from stage 1 with --clips {n_first} and "
                         f"{n_second}, TSTR needs the same: repeat one, or --reweight mean")
     rows = {name: k for k, name in enumerate(second["similarity_names"])}
-    names = [name for name in first["similarity_names"] if name in rows]
-    shared = [k for k, name in enumerate(first["similarity_names"]) if name in rows]
-    return names, first["similarity"][shared], second["similarity"][[rows[n] for n in names]]
-
-
-DATA_SETS = ("toy", "ucf101", "hmdb51", "kinetics400", "folder")
-SMALL = 1000  # training videos: a folder of fewer has settings of its own
+    shared = {name: k for k, name in enumerate(first["similarity_names"]) if name in rows}
+    c_first = first["similarity"][list(shared.values())]
+    return list(shared), c_first, second["similarity"][[rows[name] for name in shared]]
 
 
 def recipe(data, stage, videos=math.inf, batch=None):
@@ -2364,7 +2246,7 @@ def recipe(data, stage, videos=math.inf, batch=None):
             "warmup": 2,
             "precision": "fp32",  # measured faster than bf16 on a CPU with AMX, at this size
         }
-    small_folder = data == "folder" and videos < SMALL
+    small_folder = data == "folder" and videos < 1000
     if small_folder and ssl:
         # The paper's 250 epochs are 60,000 steps of UCF101, but 1,000 of 160 videos.
         settings["batch"] = batch or 8
@@ -2400,7 +2282,7 @@ def machine_arguments():
     """The flags of all five scripts."""
     parser = argparse.ArgumentParser(add_help=False)
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--workers", type=ranged(int, 0), metavar="N",
+    machine.add_argument("--workers", type=ranged(int, 0),
                          help="processes that decode videos (default: one for each core)")
     machine.add_argument("--device", choices=("cpu", "cuda"),
                          help="where to compute (default: cuda if there is a GPU)")
@@ -2415,40 +2297,37 @@ def shared_arguments(stage):
     from_0 = ranged(int, 0)
     parser = argparse.ArgumentParser(add_help=False, parents=[machine_arguments()])
     data = parser.add_argument_group("data")
-    data.add_argument("--data", choices=DATA_SETS,
-                      help="data set; toy is rendered if it is missing")
+    data.add_argument("--data", choices=TREES, help="data set; toy is rendered if it is missing")
     data.add_argument("--root", metavar="DIR", help="folder of the data set")
-    data.add_argument("--split", type=ranged(int, 1, 3), metavar="N",
+    data.add_argument("--split", type=ranged(int, 1, 3),
                       help="official split of ucf101 and hmdb51")
     data.add_argument("--pool", choices=("train", "all"),
                       help="training videos of hmdb51: the split's, or all but the test videos")
     if stage != "pretrain":
-        data.add_argument("--percent", type=ranged(float, 1e-3, 100), metavar="P",
-                          help="labelled share of each class in %%")
-        data.add_argument("--labeled-list", metavar="FILE",
-                          help="a published list of the labelled videos, instead of --percent")
-        data.add_argument("--subset-seed", type=from_0, metavar="N",
+        labels = data.add_mutually_exclusive_group()
+        labels.add_argument("--percent", type=ranged(float, 1e-3, 100), metavar="P",
+                            help="labelled share of each class in %%")
+        labels.add_argument("--labeled-list", metavar="FILE",
+                            help="a published list of the labelled videos, instead of --percent")
+        data.add_argument("--subset-seed", type=from_0,
                           help="chooses which videos are labelled; --seed does not")
 
     clips = parser.add_argument_group("clips")
     if stage == "pretrain":
         clips.add_argument("--clips", type=ranged(int, 2), metavar="N",
                            help="consecutive clips per video, n")
-    clips.add_argument("--frames", type=count, metavar="N", help="frames per clip")
-    clips.add_argument("--stride", type=count, metavar="N",
+    clips.add_argument("--frames", type=count, help="frames per clip")
+    clips.add_argument("--stride", type=count,
                        help="distance of two frames of a clip, in frames of the video")
     clips.add_argument("--size", type=ranged(int, 16), metavar="PIXELS",
                        help="width and height of the network's input")
 
-    model = parser.add_argument_group("model")
-    model.add_argument("--arch", choices=tuple(ARCHS), help="network")
-
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=count, metavar="N", help="passes over the videos")
+    training.add_argument("--arch", choices=ARCHS, help="network")
+    training.add_argument("--epochs", type=count, help="passes over the videos")
     training.add_argument("--batch", type=count, metavar="VIDEOS",
                           help="videos per step, over all processes")
-    training.add_argument("--lr", type=ranged(float, 0), metavar="X",
-                          help="learning rate of Adam")
+    training.add_argument("--lr", type=ranged(float, 0), help="learning rate of Adam")
     training.add_argument("--warmup", type=from_0, metavar="EPOCHS",
                           help="first epochs, in which the learning rate rises linearly to --lr")
     training.add_argument("--patience", type=from_0, metavar="EPOCHS",
@@ -2457,7 +2336,7 @@ def shared_arguments(stage):
 
     run = parser.add_argument_group("run")
     run.add_argument("--out", metavar="DIR", help="folder of checkpoints and logs")
-    run.add_argument("--seed", type=from_0, default=0, metavar="N",
+    run.add_argument("--seed", type=from_0, default=0,
                      help="seed of initial weights, order of videos and augmentation")
     run.add_argument("--save-every", type=count, default=500, metavar="STEPS",
                      help="steps between two checkpoints inside an epoch")
@@ -2486,9 +2365,8 @@ def start(parser, stage, argv):
 
 
 def prepare(args):
-    """Choose the device, the number of workers and the memory allocator's settings, and join
-    torchrun's processes -> device."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+    """Choose the device and the number of workers, and join torchrun's processes -> device."""
+    if hasattr(ctypes.CDLL(None), "mallopt"):
         # glibc returns large blocks and faults them in again in every step: it should keep them.
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -2511,8 +2389,8 @@ def prepare(args):
 
 
 def settle(parser, stage, args, checkpoints={}, inherited=()):
-    """Complete the settings: what was given by a flag, else what the stage's checkpoints say, else
-    the recipe. Prints them. UserError if a flag contradicts a checkpoint.
+    """Complete the settings and print them: what was given by a flag, else what the checkpoints
+    say, else the recipe.
 
     checkpoints: {path: content}, of which the arguments `inherited` are taken."""
     taken = {}
@@ -2525,17 +2403,15 @@ def settle(parser, stage, args, checkpoints={}, inherited=()):
             taken[key] = value
     if taken:
         print0("from", ", ".join(checkpoints) + ":", as_flags(taken))
-    settings = recipe(parser.given.get("data") or taken.get("data") or "toy", stage)
+    given = taken | parser.given
+    settings = recipe(given.get("data", "toy"), stage)
     if settings["data"] == "folder":
-        root = {**settings, **taken, **parser.given}["root"]
-        videos = read_videos("folder", root, train=True)
-        settings = recipe("folder", stage, len(videos), parser.given.get("batch"))
-    for key, value in {**settings, **taken, **parser.given}.items():
+        videos = read_videos("folder", given.get("root", settings["root"]), train=True)
+        settings = recipe("folder", stage, len(videos), given.get("batch"))
+    for key, value in (settings | given).items():
         if key in args and key != "out":
             setattr(args, key, value)
     if getattr(args, "labeled_list", None):
-        if "percent" in parser.given:
-            raise UserError("--percent and --labeled-list: choose one")
         args.percent = None
     args.precision = args.precision or default_precision(args.device)
     large_r3d = args.arch.startswith("r3d") and args.size > 112
@@ -2556,7 +2432,7 @@ def as_flags(settings):
             words.append(flag(key))
         elif value is not None and value is not False:
             values = value if isinstance(value, list) else [value]
-            words += [flag(key), *(shlex.quote(str(v)) for v in values)]
+            words += [flag(key), shlex.join(map(str, values))]
     return " ".join(words)
 
 
@@ -2570,10 +2446,8 @@ def default_precision(device):
 
 
 def has_bf16(device):
-    """Whether to compute in bfloat16: the hardware has it, rather than emulates it, and is right.
-
-    Of CPUs those with AMX. On others with AVX-512 oneDNN 3.12 leaves parts of the weights' gradient
-    unwritten, of a 3 x 3 x 3 convolution over two time steps, as the tail of r3d has in stage 3."""
+    """Whether the hardware has bfloat16, rather than emulates it, and is right. Of CPUs those with
+    AMX: on others some of oneDNN's gradients are wrong (docs/performance.md)."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(False)
     return torch.cpu.get_capabilities().get("amx_bf16", False)

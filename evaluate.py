@@ -28,8 +28,8 @@ from pathlib import Path
 import numpy as np
 
 from common import (
-    Parser, UserError, Videos, autocast, centre_crop, combine_teachers, command, default_precision,
-    find_checkpoint, load_classifier, load_embedder, machine_arguments, map_videos,
+    Embedder, Parser, UserError, Videos, autocast, build_model, centre_crop, combine_teachers,
+    command, default_precision, find_checkpoint, load_classifier, machine_arguments, map_videos,
     paired_similarity, prepare, print0, ranged, read_checkpoint, read_videos, similarity_score,
     spaced_clips, to_input, video_similarity, walk_videos, write_bytes)  # before torch
 
@@ -225,6 +225,14 @@ def read_stage_1(saved, folder):
     if not path.exists():
         path = folder / path.name  # it has moved along
     return read_checkpoint(path, ["pretrain_inv", "pretrain_dist"])
+
+
+def load_embedder(saved, device):
+    """The backbone and projection head of a checkpoint of stage 1, in eval mode."""
+    embedder = Embedder(build_model(saved["arch"], len(saved["classes"])))
+    embedder.backbone.load_state_dict(saved["model"])
+    embedder.head.load_state_dict(saved["head"])
+    return embedder.to(device, memory_format=torch.channels_last_3d).eval()
 
 
 def class_probabilities(classifiers, videos, args, device, show=None):

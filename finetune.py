@@ -16,13 +16,17 @@ Writes: OUT/inv_ft.pt and OUT/dist_ft.pt, with a log each, and OUT/labeled.txt, 
         After stage 1 on UCF101. 5 % of each class have a label.
 """
 
+import functools
+import math
 from pathlib import Path
 
 from common import (
-    WEAK, Batches, Meter, Parser, Pool, State, augment_clips, autocast, build_model, command, draw,
-    find_checkpoint, labeled_and_all_videos, read_checkpoint, report_neighbours, seed_of, settle,
-    shared_arguments, start, start_from, to_input, warm_up)  # before torch
+    WEAK, Batches, Meter, Parser, Pool, State, Videos, augment_clips, autocast, build_model,
+    centre_crop, command, cosine_similarity, draw, find_checkpoint, labeled_and_all_videos,
+    map_videos, print0, read_checkpoint, seed_of, settle, shared_arguments, spaced_clips, start,
+    start_from, to_input, warm_up)  # before torch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -87,6 +91,45 @@ def finetune(args, saved, labeled, videos, device):
         state.end_epoch(means)  # log, checkpoint
 
     state.finish()
+
+
+def report_neighbours(model, videos, labeled, args, device):
+    """Print nearest_neighbours of a model beside those of an untrained one and chance."""
+    counts = np.bincount(videos.labels[labeled])
+    ids = labeled[counts[videos.labels[labeled]] > 1]  # the only one of its class has no match
+    if len(ids) < 2:
+        return
+    ids = ids[::math.ceil(len(ids) / 2000)]  # at most 2,000
+    counts = np.bincount(videos.labels[ids])
+    untrained = build_model(args.arch, len(videos.classes))
+    trained = nearest_neighbours(model, videos, ids, args, device)
+    untrained = nearest_neighbours(untrained, videos, ids, args, device)
+    chance = (counts * (counts - 1)).sum() / len(ids) / (len(ids) - 1)
+    print0(f"{args.init}: the nearest other labelled video is of the same class for "
+           f"{100 * trained:.1f} % of {len(ids)} videos; of an untrained network for "
+           f"{100 * untrained:.1f} %, at chance for {100 * chance:.1f} %")
+
+
+def nearest_neighbours(backbone, videos, ids, args, device):
+    """The share of the videos `ids` whose nearest other one is of the same class: what the features
+    of stage 1 know of the classes, before a label has trained them.
+
+    By the cosine of features, mean over time, of the clip in the middle of each video."""
+    def features(frames):
+        clips = [centre_crop(video, args.size) for video in frames]
+        with autocast(args, device):
+            return backbone.features(to_input(clips, backbone)).float().mean(2)
+
+    names = [videos.name(i) for i in ids]
+    some = Videos(videos.folder, names, videos.labels[ids], videos.classes)
+    span = functools.partial(spaced_clips, clips=1, frames=args.frames, stride=args.stride)
+    backbone.to(device, memory_format=torch.channels_last_3d).eval()
+    rows, _ = map_videos(features, some, span, args.batch, args.size, args.workers, device,
+                         "neighbours")
+    z = torch.stack(list(rows.values()))
+    labels = some.labels[list(rows)]
+    nearest = cosine_similarity(z, z).fill_diagonal_(-torch.inf).argmax(1)
+    return float((labels[nearest] == labels).mean())
 
 
 if __name__ == "__main__":

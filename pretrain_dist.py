@@ -21,9 +21,9 @@ import math
 
 from common import (
     Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment_clips, autocast,
-    beside_chance, build_model, command, count_time_steps, distinctive_loss, draw, invariant_loss,
-    measure_similarity, ranged, read_checkpoint, seed_of, settle, shared_arguments, start,
-    start_from, to_input, training_videos, unpooled_distinctive_loss, warm_up)  # before torch
+    beside_chance, build_model, command, distinctive_loss, draw, invariant_loss, measure_similarity,
+    ranged, read_checkpoint, seed_of, settle, shared_arguments, start, start_from, to_input,
+    training_videos, unpooled_distinctive_loss, warm_up)  # before torch
 
 import torch
 
@@ -43,7 +43,7 @@ def main(argv=None):
     args.name = args.name or ("both" if args.invariant_weight else "dist")
     settle(parser, "pretrain", args)
     n = args.clips
-    time_steps = count_time_steps(args.arch, args.frames, args.size)
+    time_steps = count_time_steps(args.arch, args.frames)
     if time_steps % n:
         raise UserError(f"--frames {args.frames} leave {time_steps} time steps in the features of "
                         f"{args.arch}, which L_D2 cannot cut into --clips {n} equal slices: give "
@@ -105,6 +105,12 @@ def main(argv=None):
         state.end_epoch(means)  # log, checkpoint
 
     state.finish(measure_similarity(embedder, videos, args, device))  # Algorithm 1, line 16
+
+
+def count_time_steps(arch, frames):
+    """T', the number of time steps in the features of a clip of `frames` frames."""
+    with torch.device("meta"):  # computes only shapes
+        return build_model(arch, 1).features(torch.empty(1, 3, frames, 64, 64)).shape[2]
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def test_teachers_are_combined_by_the_similarity_of_the_test_video(chain, toy):
     p_inv, p_dist = map(dict, map(enumerate, p))
     args = argparse.Namespace(workers=0, precision="fp32")
     rows = evaluate.combine_on_test_videos(p_inv, p_dist, teachers, chain, videos, args, CPU)
-    embedders = [tb.load_embedder(load(chain, name), CPU) for name in ("inv", "dist")]
+    embedders = [evaluate.load_embedder(load(chain, name), CPU) for name in ("inv", "dist")]
     for i in range(8):
         first = (len(full_decode(videos.path(i))) - 15) // 2
         clip = tb.decode_frames(videos.path(i), range(first, first + 16), short_side=20)
