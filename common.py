@@ -1,11 +1,11 @@
-"""TimeBalance (Dave et al., CVPR 2023, arXiv 2303.16268): what the five stages share, in six rooms.
+"""TimeBalance (Dave et al., CVPR 2023, arXiv 2303.16268): what the five scripts share.
 
-    losses and TSTR - models and public weights - video: decoding, clips, augmentation
-    data sets, labelled subset, toy videos - training - passes over videos, and arguments
+Six sections: losses and TSTR - models and public weights - video: decoding, clips, augmentation -
+data sets, labelled subset, toy videos - training - passes over videos, and arguments.
 
-The first four rooms take only tensors, paths and plain numbers: you can copy any function or class
-of them into other code, with the few names that it calls. The last two know of processes, arguments
-and checkpoints."""
+The first four take only tensors, paths and plain numbers: you can copy any function or class of
+them into other code, with the few names that it calls. The last two use processes, arguments and
+checkpoints."""
 
 import argparse
 import contextlib
@@ -136,7 +136,7 @@ def distinctive_loss(z, z_aug, temperature=0.1):
     or types.
 
     The negatives of an anchor are the other timestamps of its own video in both augmentations. Two
-    readings of Eq. 3: the denominator also contains the positive (as printed, without it, the loss
+    changes to Eq. 3 as printed: the denominator also contains the positive (without it, the loss
     has no lower bound), and clips of both augmentations serve as anchors."""
     check_tensors("B n d, B n d", z, z_aug, n=2)
     B, n, _ = z.shape
@@ -262,7 +262,7 @@ def frozen_statistics(block):
 
 
 class R3D(Backbone):
-    """torchvision's r3d_18, key for key and shape for shape, but layer4 keeps the time axis.
+    """torchvision's r3d_18, same keys and shapes, but layer4 keeps the time axis.
 
     Its first convolution and its downsampling have no temporal stride, the convolution a temporal
     dilation of 2 instead: 16 frames leave T' = 4 time steps, which L_D2 needs. early: the first
@@ -835,7 +835,7 @@ TREES = {  # videos, and lists or test videos, under --root
     "kinetics400": ("train/<class>/*", "val/<class>/*"),
     "folder": ("train/<class>/*", "test/<class>/*"),
 }
-TREES["toy"] = TREES["ucf101"]
+TREES["toy"] = TREES["ucf101"]  # the last: render_toy names the first that fits
 
 
 class Videos:
@@ -897,7 +897,7 @@ def read_videos(data, root, train, split=1, pool="train"):
         warnings.warn(problem)
     number = {None: -1} | {c: k for k, c in enumerate(classes)}
     if unknown := sorted(set(class_of.values()) - number.keys()):
-        raise UserError(f"{root}: videos are listed of {unknown[0]}, but this class is not")
+        raise UserError(f"{root}: videos of {unknown[0]} are listed, but not this class")
     return Videos(folder, names, [number[class_of[name]] for name in names], classes)
 
 
@@ -958,7 +958,7 @@ def read_class_folders(root, subset, classes):
     folders, loose, _ = list_folder(root / subset)
     odd = sorted({*folders, *loose} - set(class_of.values()))
     if class_of and odd:
-        warnings.warn(f"{root / subset}: left out, as without a video or not a class of train/: "
+        warnings.warn(f"{root / subset}: ignored, no video inside or no such class in train/: "
                       + ", ".join(odd[:9]) + ", ..." * (len(odd) > 9))
     return class_of
 
@@ -1080,8 +1080,9 @@ TOY_PATTERNS = {  # of the object, over u, v in [-1, 1]
     "Ring": lambda u, v: np.maximum(np.abs(u), np.abs(v)) > 0.5,
     "Bars": lambda u, v: np.floor(2 * (v + 1)) % 2 == 0,
 }
-# Up and down have the same frames, grow and shrink, too: only their order tells. Each is of two
-# classes, so that who takes the clips of a video for alike takes all four classes for alike.
+# Up and down have the same frames, grow and shrink, too: only their order tells. Each movement is
+# in two classes, so a network with equal features for all clips of a video cannot tell the four
+# classes apart.
 TOY_MOVES = {
     "UpGrow": ("up", "grow"),
     "GrowDown": ("grow", "down"),
@@ -1148,7 +1149,7 @@ def render_toy(root, train=400, test=200):
     """Write the toy videos as MPEG-4 files in UCF101's layout, unless toy.json says that all are
     there; UserError if the folder holds anything else.
 
-    Every file is complete or absent, so a rendering that was interrupted goes on."""
+    Every file is complete or absent, so a rendering that was interrupted resumes."""
     root = Path(root)
     done = root / "toy.json"
     settings = {"version": 2, "train": train, "test": test}
@@ -1216,7 +1217,7 @@ def write_atomically(path, write):
             os.fsync(folder)
         os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
-        raise UserError(f"{path} cannot be written, what was there is left: {error}") from error
+        raise UserError(f"{path} cannot be written, the old file is unchanged: {error}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -1226,7 +1227,7 @@ def write_atomically(path, write):
 # command, all_gather, BatchNorm, warm_up, autocast, Batches, State, Meter, read_checkpoint;
 # all of them work without torchrun, too
 class TrainingError(UserError):
-    """Training cannot go on: one line on stderr, exit status 1."""
+    """Training cannot continue: one line on stderr, exit status 1."""
     status = 1
 
 
@@ -1466,7 +1467,7 @@ def as_rows(x):
 
 
 def row_sums(x, dtype, eps):
-    """(rows, C) -> float64 (2, C), in which the variance can be told: sums of x and of x * x."""
+    """(rows, C) -> float64 (2, C), precise enough for the variance: sums of x and of x * x."""
     if has_kernels(x):
         mean, inverse_std = (t.double() for t in torch.batch_norm_stats(x, eps))
         return len(x) * torch.stack([mean, inverse_std.pow(-2) - eps + mean.square()])
@@ -1546,7 +1547,7 @@ def shuffled(seed, pool, epoch, count):
 
 class Batches:
     """The videos of each training step. They depend only on (seed, epoch, step), so any number of
-    workers gives the same videos, and a run that goes on needs no state.
+    workers gives the same videos, and a run that resumes needs no state.
 
     frames: of each video. steps: of an epoch; by default one pass over the first pool. A video that
     cannot be decoded is named, and another of its pool, which is not in the batch, replaces it and
@@ -1655,17 +1656,17 @@ FREE_ARGUMENTS = {  # those that may change between a run and its continuation
     "out", "root", "pretrained", "epochs", "workers", "device", "checkpointing", "compile",
     "restart", "save_every"}
 
-# While weights change, BatchNorm's running statistics lag behind them: of dark videos by so much
-# that a network had 71 % in train mode and 25 % in eval mode. So weights are frozen at the end.
+# While weights change, BatchNorm's running statistics lag behind. On dark videos a network
+# had 71 % accuracy in train mode and 25 % in eval mode. So weights are frozen at the end.
 RECALIBRATION = 30  # steps, but at most a tenth of the run
 
 
 class State:
-    """All that the checkpoint OUT/NAME.pt of a run holds. Where it exists, the run goes on from it.
+    """All that the checkpoint OUT/NAME.pt of a run holds. Where it exists, the run resumes.
 
     net: the module to train, with its initial weights: a classifier or an Embedder. batches: its
     Batches. passed_on: what later stages need beside the weights."""
-    saved_at = ""  # where the same command goes on, for Ctrl-C
+    saved_at = ""  # where the same command resumes, for Ctrl-C
 
     def __init__(self, stage, name, args, net, batches, device, labeled=(), passed_on={}):
         self.name = name
@@ -1685,7 +1686,7 @@ class State:
         self.sums = {}  # of the numbers of these steps
         self.log = [json.dumps(describe_command())]  # lines of OUT/NAME.log
         self.finished = False
-        State.saved_at = "; the same command goes on from the beginning"
+        State.saved_at = "; the same command starts from the beginning"
 
         BatchNorm.convert(net)
         net.to(device, memory_format=torch.channels_last_3d)
@@ -1722,8 +1723,8 @@ class State:
             before = saved.get(key, saved["args"].get(key))
             if key not in FREE_ARGUMENTS and before != value:
                 raise UserError(f"{self.path} was made with {key} {str(before)[:60]}, not "
-                                f"{str(value)[:60]}: repeat that to go on, or give --restart to "
-                                "begin again or another --out")
+                                f"{str(value)[:60]}: give the first value to resume, --restart "
+                                "to start from scratch, or another --out")
         if saved["epoch"] > self.args.epochs:
             raise UserError(f"{self.path} has {saved['epoch']} epochs, --epochs "
                             f"{self.args.epochs} is less")
@@ -1738,7 +1739,7 @@ class State:
             print0(f"{self.path} is finished ({self.epoch} epochs)")
         else:
             self.note_saved()
-            print0(f"going on from {self.path} at epoch {self.epoch + 1}, step {self.step + 1}")
+            print0(f"resuming from {self.path} at epoch {self.epoch + 1}, step {self.step + 1}")
 
     def steps_done(self):
         return self.epoch * self.steps_per_epoch + self.step
@@ -1790,7 +1791,7 @@ class State:
         self.note_saved()
 
     def note_saved(self):
-        State.saved_at = (f"; the same command goes on from {self.path} at epoch {self.epoch + 1}, "
+        State.saved_at = (f"; the same command resumes from {self.path} at epoch {self.epoch + 1}, "
                           f"step {self.step + 1}")
 
     def finish(self, passed_on={}):
@@ -1890,8 +1891,8 @@ class Meter:
         if not all(map(math.isfinite, state.sums.values())):
             raise TrainingError(
                 f"a loss is not finite in epoch {state.epoch + 1}, steps {state.step - steps + 1} "
-                f"to {state.step}: a smaller --lr, or --precision fp32? {state.path} was left as "
-                "it was")
+                f"to {state.step}: try a smaller --lr or --precision fp32; {state.path} is "
+                "unchanged")
         self.bar.set_postfix({name: f"{state.sums[name] / state.step:.3f}" for name in self.names},
                              refresh=False)
 
@@ -2009,7 +2010,7 @@ def read_checkpoint(path, stages=None, with_optimizer=False):
                         f"expected one of {wanted}")
     if stages and stage and not saved["finished"]:
         raise UserError(f"{path}: unfinished (epoch {saved['epoch']} of {saved['args']['epochs']});"
-                        f" the same command of {SCRIPTS[stage]} goes on")
+                        f" the same command of {SCRIPTS[stage]} resumes")
     return saved
 
 
@@ -2043,7 +2044,7 @@ def start_from(model, path, saved):
         taken, left = load_backbone(model, saved)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    print0(f"took {taken} tensors of {path}, left {left}")
+    print0(f"loaded {taken} tensors from {path}, ignored {left}")
 
 
 def load_classifier(saved, device):
@@ -2084,7 +2085,7 @@ def labeled_and_all_videos(args, teachers={}):
 
 
 def read_training_videos(args):
-    """The training videos with all labels, which no script calls. Renders toy if it is missing."""
+    """The training videos with all labels, for this file alone. Renders toy if it is missing."""
     if args.data == "toy":
         if rank() == 0:
             render_toy(args.root)
@@ -2196,7 +2197,7 @@ def paired_similarity(teachers):
     teachers: {name: content} of two."""
     for name, saved in teachers.items():
         if "similarity" not in saved:
-            raise UserError(f"{name} does not come from stage 1, TSTR cannot weigh it: "
+            raise UserError(f"{name} has no similarity from stage 1, which TSTR needs: "
                             "--reweight mean or a number")
     first, second = teachers.values()
     n_first, n_second = first["similarity"].shape[1], second["similarity"].shape[1]
@@ -2283,11 +2284,12 @@ def machine_arguments():
     parser = argparse.ArgumentParser(add_help=False)
     machine = parser.add_argument_group("machine")
     machine.add_argument("--workers", type=ranged(int, 0),
-                         help="processes that decode videos (default: one for each core)")
+                         help="processes that decode videos (default: one per core, at most 16)")
     machine.add_argument("--device", choices=("cpu", "cuda"),
                          help="where to compute (default: cuda if there is a GPU)")
     machine.add_argument("--precision", choices=("bf16", "fp32"),
-                         help="bf16 autocast or float32 (default: bf16 if the hardware has it)")
+                         help="bf16 autocast or float32 (default: bf16 if the hardware has it; to "
+                         "train on toy: fp32)")
     return parser
 
 
@@ -2326,13 +2328,14 @@ def shared_arguments(stage):
     training.add_argument("--arch", choices=ARCHS, help="network")
     training.add_argument("--epochs", type=count, help="passes over the videos")
     training.add_argument("--batch", type=count, metavar="VIDEOS",
-                          help="videos per step, over all processes")
+                          help="videos per step, over all processes (in stage 3: labelled ones, "
+                          "and as many unlabelled ones)")
     training.add_argument("--lr", type=ranged(float, 0), help="learning rate of Adam")
     training.add_argument("--warmup", type=from_0, metavar="EPOCHS",
                           help="first epochs, in which the learning rate rises linearly to --lr")
     training.add_argument("--patience", type=from_0, metavar="EPOCHS",
-                          help="the learning rate is halved after so many epochs without a lower "
-                          "loss")
+                          help="so many epochs without a lower loss change nothing; the next one "
+                          "halves the learning rate")
 
     run = parser.add_argument_group("run")
     run.add_argument("--out", metavar="DIR", help="folder of checkpoints and logs")
@@ -2341,7 +2344,7 @@ def shared_arguments(stage):
     run.add_argument("--save-every", type=count, default=500, metavar="STEPS",
                      help="steps between two checkpoints inside an epoch")
     run.add_argument("--restart", action="store_true",
-                     help="begin again, even if there is a checkpoint")
+                     help="start from scratch, even if there is a checkpoint")
     run.add_argument("--checkpointing", action="store_true",
                      help="recompute activations in the backward pass: less memory, up to a third "
                      "more time")

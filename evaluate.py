@@ -57,7 +57,7 @@ def main(argv=None):
     prediction.add_argument("--videos", nargs="+", metavar="FILE_OR_DIR",
                             help="print the most probable classes of these videos")
     prediction.add_argument("--checkpoint", type=Path, metavar="FILE",
-                            help="the classifier; of a run folder, its student.pt")
+                            help="the classifier, or a run folder (then its student.pt)")
     prediction.add_argument("--output", type=Path, metavar="FILE",
                             help="write the classes to this .json or .csv file (default: "
                             "predictions.json in the checkpoint's folder)")

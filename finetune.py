@@ -4,14 +4,14 @@ The loss is the cross-entropy (Sec. 3.1.2; lines 17 to 21 of the paper's Algorit
 also chooses the labelled videos, by --percent or --labeled-list.
 
 Reads:  the labelled videos, OUT/inv.pt and OUT/dist.pt.
-Writes: OUT/inv_ft.pt and OUT/dist_ft.pt, with a log each, and OUT/labeled.txt, the names of the
-        labelled videos.
+Writes: OUT/inv_ft.pt and OUT/dist_ft.pt, with a log each, and OUT/labeled.txt, the names and
+        labels of the labelled videos.
 
     python finetune.py
         After stage 1 on toy videos, in half a minute on a CPU. The accuracy on the 24 labelled
         videos (train_accuracy) ends near 0.8.
     python finetune.py --init none --lr 1e-3
-        The baseline from random weights, OUT/labeled_only.pt. It suits a higher learning rate.
+        The baseline from random weights, OUT/labeled_only.pt. They need a higher learning rate.
     torchrun --nproc-per-node 4 finetune.py --data ucf101 --percent 5
         After stage 1 on UCF101. 5 % of each class have a label.
 """

@@ -2,7 +2,7 @@
 
 The loss L_D = L_D1 + L_D2 makes clips of one video different from each other. L_D1 (Sec. 3.1.2,
 Eq. 3) compares clips under two augmentations. L_D2 (supplement D.2) compares them with the time
-steps of a long clip. The loop below is lines 12 to 15 of the paper's Algorithm 1.
+steps of a long clip. The training loop is lines 12 to 15 of the paper's Algorithm 1.
 
 Reads:  the training videos.
 Writes: OUT/dist.pt and OUT/dist.log, with the same content as those of stage 1a. The student of
@@ -12,7 +12,7 @@ Writes: OUT/dist.pt and OUT/dist.log, with the same content as those of stage 1a
         On toy videos, in two minutes on a CPU. Both losses end below their values at chance: l_d1
         below 1.95, l_d2 below 1.39.
     python pretrain_dist.py --invariant-weight 1
-        Adds L_I and writes both.pt. The paper's student starts from such weights.
+        Adds L_I and writes both.pt. The paper's student starts from a similar pre-training (TCLR).
     torchrun --nproc-per-node 4 pretrain_dist.py --data ucf101
         The paper's recipe on four GPUs. On one GPU of 80 GB: --batch 32 --checkpointing.
 """

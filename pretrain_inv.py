@@ -1,12 +1,12 @@
 """Stage 1a of TimeBalance: train the temporally-invariant teacher, without labels.
 
 The loss L_I (Sec. 3.1.1, Eq. 1) makes clips of one video similar and clips of different videos
-different. The loop below is lines 8 to 11 of the paper's Algorithm 1.
+different. The training loop is lines 8 to 11 of the paper's Algorithm 1.
 
 Reads:  the training videos.
 Writes: OUT/inv.pt, which holds the backbone, the projection head and the similarity matrix of each
-        video's clips (Eq. 5). Stage 2 fine-tunes the backbone. Stage 3 weighs by the matrices.
-        OUT/inv.log, a line of JSON for each epoch.
+        video's clips (Eq. 5). Stage 2 fine-tunes the backbone. Stage 3 computes s from the
+        matrices. OUT/inv.log, a line of JSON for each epoch.
 
     python pretrain_inv.py
         On toy videos, in a minute on a CPU. The loss ends below its value at chance, 2.94.
@@ -14,6 +14,7 @@ Writes: OUT/inv.pt, which holds the backbone, the projection head and the simila
         On your own videos, from public weights. The README has their address.
     torchrun --nproc-per-node 4 pretrain_inv.py --data ucf101
         The paper's recipe on four GPUs: 250 epochs, 40 videos a step, of which each GPU has 10.
+        On one GPU of 80 GB: --checkpointing.
 """
 
 import math

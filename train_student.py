@@ -10,7 +10,8 @@ Writes: OUT/student.pt and OUT/student.log.
 
     python train_student.py
         After stages 1 and 2 on toy videos, in a minute on a CPU. It first prints the mean of s,
-        near 0.7. `agreement`, the share of videos on which both teachers say the same, is near 0.6.
+        near 0.7. `agreement` is near 0.6: the share of videos for which both teachers predict the
+        same class.
     python train_student.py --teachers none --init dist.pt --name student_alone_dist
         The control: the same start and as many steps, but the labels alone.
     torchrun --nproc-per-node 4 train_student.py --data ucf101
@@ -42,7 +43,7 @@ def main(argv=None):
     parser.add_argument("--pretrained", metavar="DIR",
                         help="folder with the checkpoints of stage 1 (default: OUT)")
     parser.add_argument("--omega", type=ranged(float, 0), default=1.0, metavar="X",
-                        help="weight of the loss against the teachers, Eq. 2")
+                        help="weight of the distillation loss, Eq. 2")
     parser.add_argument("--teacher-loss", choices=("l2", "kl", "js"), default="l2",
                         help="distance between the teachers' and the student's predictions")
     parser.add_argument("--reweight", type=weighting, default="tstr", metavar="{tstr,mean,W}",
@@ -66,8 +67,8 @@ def main(argv=None):
     labeled, videos = labeled_and_all_videos(args, saved_teachers)
     unlabeled = np.setdiff1d(np.arange(len(videos)), labeled)
     if len(unlabeled) == 0:
-        unlabeled = labeled  # with all labels, the teachers speak on the same videos once more
-    steps = len(unlabeled) // args.batch  # an epoch is one lap of these; labelled ones cycle
+        unlabeled = labeled  # all videos are labelled: they serve as the unlabelled ones, too
+    steps = len(unlabeled) // args.batch  # an epoch is one pass over these; labelled ones repeat
     if not steps:
         raise UserError(f"--batch {args.batch} is more than the {len(unlabeled)} unlabelled videos")
     seed = seed_of("student", args.seed)
@@ -92,7 +93,7 @@ def main(argv=None):
         for batch in meter.steps(epoch):
             rngs = [draw(seed, *key, 0) for key in batch.keys]
             clips = augment_clips(batch.videos, args.size, rngs, **WEAK)  # teachers see them, too
-            u = len(clips) // 2 if teachers else 0  # so many are unlabelled
+            u = len(clips) // 2 if teachers else 0  # number of unlabelled clips, which come first
             y = torch.as_tensor(videos.labels[batch.ids[u:]]).to(device, non_blocking=True)
             with autocast(args, device):
                 x = to_input(clips, student)

@@ -74,7 +74,7 @@ def test_stage_1_starts_from_given_weights(stage, toy, tmp_path, capsys, complai
                tmp_path / "public.pth")
     public = str(tmp_path / "public.pth")
     run_stage(stage, toy, tmp_path, "--init", public, "--lr", 0)
-    assert f"of {public}" in capsys.readouterr().out
+    assert f"from {public}" in capsys.readouterr().out
     saved = load(tmp_path, stage)["model"]
     for name, weight in model.named_parameters():
         assert name.startswith("fc.") or torch.equal(saved[name], weight), name

@@ -71,7 +71,7 @@ def test_ctrl_c_costs_one_line(chain, toy, tmp_path, complaint):
         error = complaint(run_stage, "labeled_only", toy, tmp_path, status=1)
     finally:
         hook.remove()
-    assert "same command goes on" in error
+    assert "same command starts" in error
     run_stage("labeled_only", toy, tmp_path)
     assert_same_run(chain, tmp_path, "labeled_only")
 
@@ -138,6 +138,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(chain, toy, tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 2 and "inv.pt cannot be written, what was there is left" in error
+    assert end.value.code == 2 and "inv.pt cannot be written, the old file is unchanged" in error
     assert (tmp_path / "inv.pt").read_bytes() == (chain / "inv.pt").read_bytes()
     assert not list(tmp_path.glob(".inv.pt*"))
