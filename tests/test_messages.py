@@ -115,6 +115,9 @@ def test_torchrun_s_variables_left_alone_are_told(names, toy, tmp_path, monkeypa
     assert all(name in error for name in names) and "torchrun" in error
 
 
-def test_frames_that_l_d2_cannot_cut_name_the_ways_out(toy, tmp_path, complaint):
-    error = complaint(run_stage, "dist", toy, tmp_path, "--clips", 4)
-    assert all(word in error for word in ("--frames 8", "2 time steps", "--clips", "slow_r50"))
+@pytest.mark.parametrize("flags, words", [
+    ("--frames 8", "--frames 8 2 time steps"),
+    ("--frames 4 --arch r3d_18", "--frames 4 1 time steps")])  # of one pixel each
+def test_frames_that_l_d2_cannot_cut_name_the_ways_out(flags, words, toy, tmp_path, complaint):
+    error = complaint(run_stage, "dist", toy, tmp_path, "--clips", 4, *flags.split())
+    assert all(word in error for word in (*words.split(), "--clips", "slow_r50")), error
