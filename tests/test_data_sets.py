@@ -210,7 +210,7 @@ def test_what_is_no_class_or_no_video_is_named_and_left_out(mine):
     assert files == f"{mine}/train: 2 other files left out: .srt"
     test, (*_, warning) = warned(tb.read_videos, "folder", mine, False)
     assert test.names() == ["test/b/3.webm"] and test.classes == train.classes
-    assert warning.startswith(f"{mine}/test: left out") and warning.endswith(": c")
+    assert warning.startswith(f"{mine}/test: ignored") and warning.endswith(": c")
 
 
 @pytest.mark.parametrize("links, more", [
