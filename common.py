@@ -433,7 +433,8 @@ def load_backbone(model, saved):
     program wrote it -> how many tensors were taken and how many were left.
 
     Known public forms: torchvision's r3d_18 (a bare state dict), PyTorchVideo's slow_r50 (under
-    "model_state"), TCLR's (under "state_dict", trained on BGR frames)."""
+    "model_state"), TCLR's (under "state_dict", trained on BGR frames). ValueError if there are no
+    weights, or one is missing or does not fit."""
     def tensors_in(content):
         items = content.items() if isinstance(content, dict) else ()
         return {k: w for k, w in items if isinstance(k, str) and torch.is_tensor(w)}
