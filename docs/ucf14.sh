@@ -26,7 +26,6 @@ if [ $# = 0 ]; then
     for percent in 5 20; do
         python docs/intervals.py runs/ucf14-?-?-$percent --against student_alone_dist.pt \
             student_alone_inv.pt student_alone.pt student_mean_dist.pt student_mean_inv.pt
-        mkdir -p docs/ucf14-$percent
         python docs/draw.py runs/ucf14-?-?-$percent --out docs/ucf14-$percent
     done
     exit
