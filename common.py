@@ -90,7 +90,11 @@ def cosine_similarity(a, b):
 
     The vectors need not be normalised. float64 stays float64; all else is computed in float32,
     inside autocast too: in bfloat16 a cosine of 0.9 is off by 0.002, and 1 / temperature makes that
-    0.02."""
+    0.02. ValueError for other shapes or types."""
+    vectors = all(torch.is_tensor(x) and x.is_floating_point() and x.ndim > 1 for x in (a, b))
+    if not vectors or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-1]:
+        raise ValueError("expected floating-point tensors (..., n, d) and (..., m, d); "
+                         f"found {describe(a)}, {describe(b)}")
     with torch.autocast(a.device.type, enabled=False):
         a = F.normalize(at_least_float32(a), dim=-1)
         b = F.normalize(at_least_float32(b), dim=-1)
@@ -413,11 +417,13 @@ class Embedder(nn.Module):
 
         First a row for each short clip, pooled over time, then `slices` rows for each long clip,
         one for each temporal slice of its features. All rows pass the head together, so that its
-        BatchNorm sees one batch. ValueError if T' is no multiple of `slices`."""
+        BatchNorm sees one batch. ValueError for another shape, or if T' is no multiple of
+        `slices`."""
         check_tensors("N 3 T H W", clips)
         f = self.backbone.features(clips)  # (N, D, T')
-        if f.shape[2] % slices:
-            raise ValueError(f"cannot cut {f.shape[2]} time steps into {slices} slices")
+        if not 0 <= num_long <= len(f) or slices < 1 or f.shape[2] % slices:
+            raise ValueError(f"cannot cut {num_long} of {len(f)} clips, which have {f.shape[2]} "
+                             f"time steps, into {slices} slices")
         pooled, unpooled = f.split([len(f) - num_long, num_long])
         unpooled = unpooled.unflatten(2, (slices, -1)).mean(3)  # (num_long, D, slices)
         unpooled = unpooled.transpose(1, 2).flatten(0, 1)  # (num_long * slices, D)
@@ -429,8 +435,8 @@ PREFIXES = ("module.0.", "module.", "model.", "backbone.")
 
 
 def load_backbone(model, saved):
-    """Load all weights except the classifier's from the dict that torch.load returned, whichever
-    program wrote it -> how many tensors were taken and how many were left.
+    """Load all weights except the classifier's from what torch.load returned, whichever program
+    wrote it -> how many tensors were taken and how many were left.
 
     Known public forms: torchvision's r3d_18 (a bare state dict), PyTorchVideo's slow_r50 (under
     "model_state"), TCLR's (under "state_dict", trained on BGR frames). ValueError if there are no
@@ -446,7 +452,7 @@ def load_backbone(model, saved):
         return name
 
     places = ("state_dict", "model_state", "model_state_dict", "model")
-    inner = [saved.get(place) for place in places]
+    inner = [saved.get(place) for place in places] if isinstance(saved, dict) else []
     named = next(filter(None, map(tensors_in, [*inner, saved])), {})
     if not named:
         raise ValueError(f"found no weights, not under {', '.join(places)} either")
@@ -454,8 +460,12 @@ def load_backbone(model, saved):
     if len(weights) < len(named):
         raise ValueError("found several networks: save the weights of only one")
     own = {k: w for k, w in model.state_dict().items() if not k.startswith(CLASSIFIERS)}
-    fitting = {k: weights[k] for k, w in own.items()
-               if k in weights and weights[k].shape == w.shape}
+    fitting = {}
+    for key, w in own.items():
+        found = weights.get(key)
+        if found is not None and found.shape == w.shape:
+            if found.is_floating_point() or not w.is_floating_point():
+                fitting[key] = found
     for key, w in own.items():
         if key not in fitting and not key.endswith("num_batches_tracked"):
             found = describe(weights[key]) if key in weights else "missing"
@@ -563,8 +573,8 @@ def list_packets(container, stream):
             continue
         data = bytes(packet)
         shown = shows_frame(data)
-        # Codecs write no long run of zeros: it is a hole in the file.
-        if not shown or bytes(32) in data or packet.has_sidedata("new_extradata"):
+        hole = packet.is_corrupt or bytes(32) in data  # codecs write no long run of zeros
+        if not shown or hole or packet.has_sidedata("new_extradata"):
             exact = False
         if shown:
             timestamps.append(packet.pts)
@@ -646,8 +656,9 @@ def clip_indices(count, frames, stride=1, position=0.5):
     and L_D could not tell them apart.
 
     position: from 0 (the clip begins with the video) to 1 (it ends with it). ValueError for a
-    position beyond these, or a number of frames below 1."""
-    if min(count, frames, stride) < 1 or not 0 <= position <= 1:
+    position beyond these, or if a number of frames is not whole or below 1."""
+    whole = all(isinstance(n, (int, np.integer)) and n > 0 for n in (count, frames, stride))
+    if not whole or not 0 <= position <= 1:
         raise ValueError(f"no clip of {frames} frames, {stride} apart, lies at {position} of a "
                          f"video of {count} frames")
     slack = count - clip_span(frames, stride)
@@ -889,13 +900,17 @@ def read_videos(data, root, train, split=1, pool="train"):
         folder, classes, class_of = read_folders(data, root, train)
     if not class_of:
         raise wrong_tree(data, root, f"no {'training' if train else 'test'} videos")
-    names = [name for name in class_of if os.path.exists(folder / name)]
-    if missing := sorted(class_of.keys() - names):
+    # A listing of each folder costs less than a look at each file.
+    parents = {os.path.dirname(name) for name in class_of}
+    on_disk = {os.path.join(parent, file) for parent in parents if os.path.isdir(folder / parent)
+               for file in sum(list_folder(folder / parent), [])}
+    if missing := sorted(class_of.keys() - on_disk):
         problem = (f"{len(missing)} of {len(class_of)} listed videos are not in {folder}, such as "
                    + missing[0])
         if len(missing) > 0.05 * len(class_of):
             raise wrong_tree(data, root, problem)
         warnings.warn(problem)
+    names = [name for name in class_of if name in on_disk]
     number = {None: -1} | {c: k for k, c in enumerate(classes)}
     if unknown := sorted(set(class_of.values()) - number.keys()):
         raise UserError(f"{root}: videos of {unknown[0]} are listed, but not this class")
@@ -1236,7 +1251,7 @@ def print0(*text):
     """Print above the progress bar, in torchrun's first process only. Characters that the terminal
     cannot encode, as a file's name may have, are escaped."""
     if rank() == 0:
-        encoding = sys.stdout.encoding or "utf-8"
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         line = " ".join(map(str, text))
         tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding))
 
@@ -1326,7 +1341,7 @@ def broadcast(value):
 
 
 def join_processes(device):
-    """Join torchrun's processes, if there are any."""
+    """Join torchrun's processes, if there are any. UserError if its variables are incomplete."""
     needed = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
     found = [name for name in needed if name in os.environ]
     if not {"RANK", "WORLD_SIZE"} & set(found) or dist.is_initialized():
@@ -1715,7 +1730,7 @@ class State:
         self.net = nn.parallel.DistributedDataParallel(net) if world_size() > 1 else net
 
     def resume(self):
-        """Go on from the checkpoint."""
+        """Go on from the checkpoint. UserError if another command made it."""
         saved = read_checkpoint(self.path, with_optimizer=True)
         if saved.get("stage") != self.metadata["stage"]:
             raise UserError(f"{self.path} was not written by this stage: choose another --out, or "
@@ -1870,7 +1885,8 @@ class Meter:
         self.clips += clips
 
     def read(self):
-        """Add the numbers of the steps since the last reading to the sums."""
+        """Add the numbers of the steps since the last reading to the sums. TrainingError if one is
+        not finite."""
         state = self.state
         device = self.unread[0].device
         counts = torch.tensor([self.clips, self.waiting, self.batches.short, self.batches.replaced],
@@ -2161,7 +2177,8 @@ def map_videos(function, videos, indices, group_size, size, workers, device, tit
 
 
 def measure_similarity(embedder, videos, args, device):
-    """What stage 1 passes on to stage 3: video_similarity of the training videos."""
+    """What stage 1 passes on to stage 3: video_similarity of the training videos.
+    UserError if over 10 % of them cannot be decoded."""
     rows, unreadable = video_similarity(embedder, videos, args, device)
     check_unreadable(unreadable, range(len(videos)), videos)
     return {
@@ -2195,7 +2212,7 @@ def video_similarity(embedder, videos, args, device):
 def paired_similarity(teachers):
     """The videos of which both teachers' checkpoints hold C of Eq. 5: names, and both C, (N, n, n).
 
-    teachers: {name: content} of two."""
+    teachers: {name: content} of two. UserError if one holds none, or for another n."""
     for name, saved in teachers.items():
         if "similarity" not in saved:
             raise UserError(f"{name} has no similarity from stage 1, which TSTR needs: "
@@ -2394,7 +2411,7 @@ def prepare(args):
 
 def settle(parser, stage, args, checkpoints={}, inherited=()):
     """Complete the settings and print them: what was given by a flag, else what the checkpoints
-    say, else the recipe.
+    say, else the recipe. UserError if a flag contradicts a checkpoint.
 
     checkpoints: {path: content}, of which the arguments `inherited` are taken."""
     taken = {}
@@ -2450,8 +2467,10 @@ def default_precision(device):
 
 
 def has_bf16(device):
-    """Whether the hardware has bfloat16, rather than emulates it, and is right. Of CPUs those with
-    AMX: on others some of oneDNN's gradients are wrong (docs/performance.md)."""
+    """Whether to compute in bfloat16: the hardware has it, rather than emulates it, and is right.
+
+    Of CPUs those with AMX. On others with AVX-512 oneDNN 3.12 leaves parts of the weights' gradient
+    unwritten, of a 3 x 3 x 3 convolution over two time steps, as the tail of r3d has in stage 3."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(False)
     return torch.cpu.get_capabilities().get("amx_bf16", False)

@@ -53,6 +53,10 @@ def embed(clips, **settings):
     return tb.Embedder(tb.build_model("r3d_tiny", 2)).eval()(clips, **settings)
 
 
+def load(content):
+    return tb.load_backbone(tb.build_model("r3d_tiny", 2), content)
+
+
 @pytest.mark.parametrize("function, inputs, message", [
     (tb.invariant_loss, [Z.long()], "int64"),
     (tb.distinctive_loss, [Z, Z, 0.0], "temperature 0.0"),
@@ -60,10 +64,16 @@ def embed(clips, **settings):
     (tb.augment_clips, [[FRAMES, FRAMES], 16, [tb.draw(0)]], "2 clips, 1 generators"),
     (tb.centre_crop, [FRAMES, 16, 1.5], "scale 1.5"),
     (to_input, [[FRAMES.float()]], "float32"),
+    (tb.cosine_similarity, [Z, Z[:1]], r"\(1, 4, 8\)"),
     (tb.clip_indices, [0, 4], "video of 0 frames"),
+    (tb.clip_indices, [64, 16.0], "16.0 frames"),
     (tb.spaced_clips, [100, 0, 8, 1], "0 clips"),
     (embed, [LONG.transpose(1, 2)], r"\(2, 8, 3, 16, 16\)"),
     (lambda: embed(LONG, num_long=1, slices=3), [], "2 time steps"),
+    (lambda: embed(LONG, num_long=3), [], "3 of 2 clips"),
+    (load, [[1, 2]], "no weights"),
+    (load, [{"fc.bias": Z, "stem.0.weight": torch.ones(12, 3, 3, 7, 7, dtype=torch.int64)}],
+     "stem.0.weight is torch.int64"),
     (tb.labeled_subset, [["a/1.avi", "b/2.avi"], [0, 1], 101], "101 per cent"),
 ])
 def test_other_inputs_are_refused(function, inputs, message):
