@@ -2229,11 +2229,11 @@ def paired_similarity(teachers):
 
 
 def recipe(data, stage, videos=math.inf, batch=None):
-    """The default settings of a stage ("pretrain", "finetune" or "student"): the paper's, and
-    others for toy and for small folders, of `videos` training videos, `batch` of them a step.
+    """The default settings of a stage, by the name in its checkpoint: the paper's, and others for
+    toy and for small folders, of `videos` training videos, `batch` of them a step.
 
     The paper names no batch and no epochs of fine-tuning: these are from the authors' code."""
-    ssl = stage == "pretrain"
+    ssl = stage.startswith("pretrain")
     settings = {
         "data": data,
         "root": f"data/{data}",
@@ -2260,8 +2260,9 @@ def recipe(data, stage, videos=math.inf, batch=None):
             "stride": 1,
             "size": 24,
             "arch": "r3d_tiny",
-            "epochs": {"pretrain": 7, "finetune": 75, "student": 13}[stage],
+            "epochs": {"pretrain_inv": 14, "pretrain_dist": 5, "student": 13}.get(stage, 150),
             "batch": 10 if ssl else 16,
+            "lr": 3e-3 if ssl else 1e-3,
             "warmup": 2,
             "precision": "fp32",  # measured faster than bf16 on a CPU with AMX, at this size
         }
@@ -2273,8 +2274,8 @@ def recipe(data, stage, videos=math.inf, batch=None):
         settings["epochs"] = max(settings["epochs"], 5000 // steps)
     if data == "toy" or small_folder:  # an epoch has few steps
         settings["patience"] = 25
-        if stage == "finetune":
-            settings["lr"] = 3e-4
+    if small_folder and stage == "finetune":
+        settings["lr"] = 3e-4
     return settings
 
 
@@ -2313,6 +2314,7 @@ def machine_arguments():
 
 def shared_arguments(stage):
     """The flags of all training stages. Their defaults come from recipe()."""
+    ssl = stage.startswith("pretrain")
     count = ranged(int, 1)
     from_0 = ranged(int, 0)
     parser = argparse.ArgumentParser(add_help=False, parents=[machine_arguments()])
@@ -2323,7 +2325,7 @@ def shared_arguments(stage):
                       help="official split of ucf101 and hmdb51")
     data.add_argument("--pool", choices=("train", "all"),
                       help="training videos of hmdb51: the split's, or all but the test videos")
-    if stage != "pretrain":
+    if not ssl:
         labels = data.add_mutually_exclusive_group()
         labels.add_argument("--percent", type=ranged(float, 1e-3, 100), metavar="P",
                             help="labelled share of each class in %%")
@@ -2333,7 +2335,7 @@ def shared_arguments(stage):
                           help="chooses which videos are labelled; --seed does not")
 
     clips = parser.add_argument_group("clips")
-    if stage == "pretrain":
+    if ssl:
         clips.add_argument("--clips", type=ranged(int, 2), metavar="N",
                            help="consecutive clips per video, n")
     clips.add_argument("--frames", type=count, help="frames per clip")

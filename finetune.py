@@ -10,8 +10,8 @@ Writes: OUT/inv_ft.pt and OUT/dist_ft.pt, with a log each, and OUT/labeled.txt, 
     python finetune.py
         After stage 1 on toy videos, in half a minute on a CPU. The accuracy on the 24 labelled
         videos (train_accuracy) ends near 0.8.
-    python finetune.py --init none --lr 1e-3
-        The baseline from random weights, OUT/labeled_only.pt. They need a higher learning rate.
+    python finetune.py --init none
+        The baseline from random weights, OUT/labeled_only.pt.
     torchrun --nproc-per-node 4 finetune.py --data ucf101 --percent 5
         After stage 1 on UCF101. 5 % of each class have a label.
 """

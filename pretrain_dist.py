@@ -30,7 +30,7 @@ import torch
 
 @command
 def main(argv=None):
-    parser = Parser(__doc__, parents=[shared_arguments("pretrain")])
+    parser = Parser(__doc__, parents=[shared_arguments("pretrain_dist")])
     parser.add_argument("--temperature", type=ranged(float, 1e-3), default=0.1, metavar="X",
                         help="temperature tau of the losses, Eq. 3")
     parser.add_argument("--invariant-weight", type=ranged(float, 0), default=0.0, metavar="X",
@@ -39,9 +39,9 @@ def main(argv=None):
                         "checkpoint (default: random)")
     parser.add_argument("--name", help="write OUT/NAME.pt (default: dist, or both with "
                         "--invariant-weight)")
-    args, device = start(parser, "pretrain", argv)
+    args, device = start(parser, "pretrain_dist", argv)
     args.name = args.name or ("both" if args.invariant_weight else "dist")
-    settle(parser, "pretrain", args)
+    settle(parser, "pretrain_dist", args)
     n = args.clips
     time_steps = count_time_steps(args.arch, args.frames)
     if time_steps % n:

@@ -30,14 +30,14 @@ import torch
 
 @command
 def main(argv=None):
-    parser = Parser(__doc__, parents=[shared_arguments("pretrain")])
+    parser = Parser(__doc__, parents=[shared_arguments("pretrain_inv")])
     parser.add_argument("--temperature", type=ranged(float, 1e-3), default=0.1, metavar="X",
                         help="temperature tau of the loss, Eq. 1")
     parser.add_argument("--init", metavar="FILE", help="initial weights: public ones or a "
                         "checkpoint (default: random)")
     parser.add_argument("--name", default="inv", help="write OUT/NAME.pt")
-    args, device = start(parser, "pretrain", argv)
-    settle(parser, "pretrain", args)
+    args, device = start(parser, "pretrain_inv", argv)
+    settle(parser, "pretrain_inv", args)
     if args.batch < 2:
         raise UserError("--batch 1: Eq. 1 takes its negatives from other videos, give 2 or more")
 

@@ -22,8 +22,7 @@ ssl="--root data/study --seed $seed --out runs/study-$seed --workers 0"
 run="--seed $seed --subset-seed $seed --out runs/study-$seed --workers 0"
 python pretrain_inv.py $ssl
 python pretrain_dist.py $ssl
-python finetune.py $run
-python finetune.py $run --root data/study --init none --lr 1e-3
+python finetune.py $run --root data/study --init inv.pt dist.pt none
 python train_student.py $run
 python train_student.py $run --name student_mean --reweight mean
 python train_student.py $run --init dist.pt --name student_alone_dist --teachers none --root data/study
@@ -34,7 +33,7 @@ python train_student.py $run --init none --name student_random_dist --teachers d
 python train_student.py $run --init none --name student_random_alone --teachers none --root data/study
 [ $seed -lt 3 ] || exit 0                                              # the other rows
 
-python pretrain_dist.py $ssl --invariant-weight 1
+python pretrain_dist.py $ssl --invariant-weight 1 --epochs 14
 python pretrain_inv.py $ssl --clips 2 --name inv_n2
 python pretrain_dist.py $ssl --clips 2 --name dist_n2
 python pretrain_inv.py $ssl --seed $((seed + 10)) --name inv2
