@@ -9,7 +9,7 @@ Writes: OUT/dist.pt and OUT/dist.log, with the same content as those of stage 1a
         stage 3 starts from dist.pt.
 
     python pretrain_dist.py
-        On toy videos, in two minutes on a CPU. Both losses end below their values at chance: l_d1
+        On toy videos, in a minute on a CPU. Both losses end below their values at chance: l_d1
         below 1.95, l_d2 below 1.39.
     python pretrain_dist.py --invariant-weight 1
         Adds L_I and writes both.pt. The paper's student starts from a similar pre-training (TCLR).

@@ -10,7 +10,7 @@ Writes: OUT/student.pt and OUT/student.log.
 
     python train_student.py
         After stages 1 and 2 on toy videos, in a minute on a CPU. It first prints the mean of s,
-        near 0.7. `agreement` is near 0.6: the share of videos for which both teachers predict the
+        near 0.8. `agreement` is near 0.8: the share of videos for which both teachers predict the
         same class.
     python train_student.py --teachers none --init dist.pt --name student_alone_dist
         The control: the same start and as many steps, but the labels alone.
