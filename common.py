@@ -2303,7 +2303,8 @@ def machine_arguments():
     parser = argparse.ArgumentParser(add_help=False)
     machine = parser.add_argument_group("machine")
     machine.add_argument("--workers", type=ranged(int, 0),
-                         help="processes that decode videos (default: one per core but one, at most 16)")
+                         help="processes that decode videos (default: one per core but one, at "
+                         "most 16)")
     machine.add_argument("--device", choices=("cpu", "cuda"),
                          help="where to compute (default: cuda if there is a GPU)")
     machine.add_argument("--precision", choices=("bf16", "fp32"),
