@@ -12,7 +12,8 @@ if [ $# = 0 ]; then
     torchrun --nproc-per-node "${PROCESSES:-2}" evaluate.py runs/study-* --clips 5 --scales 1
     python docs/intervals.py runs/study-* \
         --against labeled_only.pt student_alone_dist.pt student_random_alone.pt \
-        student_random_mean.pt student_mean.pt
+        student_random_mean.pt student_mean.pt student_random.pt student_random_inv.pt \
+        student_random_dist.pt "teachers, mean" "teachers, TSTR"
     python docs/draw.py runs/study-*
     exit
 fi
