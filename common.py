@@ -2355,8 +2355,8 @@ def shared_arguments(stage):
     training.add_argument("--warmup", type=from_0, metavar="EPOCHS",
                           help="first epochs, in which the learning rate rises linearly to --lr")
     training.add_argument("--patience", type=from_0, metavar="EPOCHS",
-                          help="so many epochs without a lower loss change nothing; the next one "
-                          "halves the learning rate")
+                          help="the learning rate is halved after more than so many epochs without "
+                          "a lower loss")
 
     run = parser.add_argument_group("run")
     run.add_argument("--out", metavar="DIR", help="folder of checkpoints and logs")
