@@ -14,6 +14,10 @@ if [ $# = 0 ]; then
         --against labeled_only.pt student_alone_dist.pt student_random_alone.pt \
         student_random_mean.pt student_mean.pt student_random.pt student_random_inv.pt \
         student_random_dist.pt "teachers, mean" "teachers, TSTR"
+    python docs/intervals.py runs/study-[0-2] \
+        --against student_alone_both.pt both_ft.pt student_alone_dist.pt student.pt \
+        student_both_mean.pt student_both_inv.pt student_both_dist.pt student_inv_inv.pt \
+        student_dist_dist.pt student_kl.pt student_js.pt inv_n2_ft.pt dist_n2_ft.pt
     python docs/draw.py runs/study-*
     exit
 fi
@@ -42,6 +46,7 @@ python pretrain_dist.py $ssl --seed $((seed + 10)) --name dist2
 python finetune.py $run --init both.pt inv_n2.pt dist_n2.pt inv2.pt dist2.pt
 both="train_student.py $run --init both.pt"
 python $both --name student_both
+python $both --name student_alone_both --teachers none --root data/study
 python $both --name student_both_mean --reweight mean
 python $both --name student_both_inv --teachers inv_ft.pt
 python $both --name student_both_dist --teachers dist_ft.pt
