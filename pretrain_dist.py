@@ -11,8 +11,9 @@ Writes: OUT/dist.pt and OUT/dist.log, with the same content as those of stage 1a
     python pretrain_dist.py
         On toy videos, in a minute on a CPU. Both losses end below their values at chance: l_d1
         below 1.95, l_d2 below 1.39.
-    python pretrain_dist.py --invariant-weight 1
-        Adds L_I and writes both.pt. The paper's student starts from a similar pre-training (TCLR).
+    python pretrain_dist.py --invariant-weight 1 --epochs 14
+        Adds L_I, which takes more epochs on toy videos, and writes both.pt. The paper's student
+        starts from a similar pre-training (TCLR).
     torchrun --nproc-per-node 4 pretrain_dist.py --data ucf101
         The paper's recipe on four GPUs. On one GPU of 80 GB: --batch 32 --checkpointing.
 """

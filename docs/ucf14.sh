@@ -36,7 +36,7 @@ stage1="$settings --batch 8 --seed $seed --out runs/ucf14-$seed"
 case $1 in
     inv) exec python pretrain_inv.py $stage1 --epochs 24 ;;
     dist) exec python pretrain_dist.py $stage1 --epochs 30 ;;
-    both) exec python pretrain_dist.py $stage1 --epochs 40 --invariant-weight 1 ;;
+    both) exec python pretrain_dist.py $stage1 --epochs 60 --invariant-weight 1 ;;
 esac
 
 draw=$3
