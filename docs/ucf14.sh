@@ -24,10 +24,10 @@ if [ $# = 0 ]; then
     done; done; done | xargs -P "${PROCESSES:-2}" -L 1 sh "$0"
     python evaluate.py runs/ucf14-?-*-* --clips 5 --scales 1
     for percent in 5 20; do
-        python docs/intervals.py runs/ucf14-?-?-$percent --against student_alone.pt \
-            student_alone_dist.pt student_alone_inv.pt student_alone_both.pt dist_ft.pt inv_ft.pt \
-            student_dist.pt student_inv.pt student_mean_dist.pt student_mean_inv.pt \
-            student_mean_both.pt "teachers, mean" "teachers, TSTR"
+        python docs/intervals.py runs/ucf14-?-?-$percent --against labeled_only.pt \
+            student_alone.pt student_alone_dist.pt student_alone_inv.pt student_alone_both.pt \
+            dist_ft.pt inv_ft.pt student_dist.pt student_inv.pt student_mean_dist.pt \
+            student_mean_inv.pt student_mean_both.pt "teachers, mean" "teachers, TSTR"
         python docs/draw.py runs/ucf14-?-?-$percent --out docs/ucf14-$percent
     done
     exit
