@@ -63,7 +63,7 @@ def last_frame(path):
 # ---- Intact files --------------------------------------------------------------------------------
 
 X264 = {"g": "30", "bf": "2"}
-# no threads of its own: x265 has once crashed at the end of a file
+# without worker threads: with one, x265 has once crashed at the end of a file
 X265 = {"x265-params": "log-level=none:pools=none"}
 SVT_AV1 = {"g": "30", "svtav1-params": "lp=1"}
 OPEN_GOP = {**X264, "x264-params": "open-gop=1:scenecut=0"}
