@@ -478,7 +478,7 @@ class TestDecoder:
         assert tb.clip_indices(1, 3, 2).tolist() == [0, 0, 0]
 
 
-def one_by_one(clip, size, rng, area=0.3, jitter=0.4, hue=0.1, p_jitter=0.8, p_grey=0.2):
+def one_by_one(clip, size, rng, area=0.3, jitter=0.4, hue=0.1, jitter_prob=0.8, grey_prob=0.2):
     """What augment_clips does, for one clip, in torchvision's words."""
     clip = clip.permute(0, 3, 1, 2)
     height, width = clip.shape[2:]
@@ -491,12 +491,12 @@ def one_by_one(clip, size, rng, area=0.3, jitter=0.4, hue=0.1, p_jitter=0.8, p_g
     clip = TF.resized_crop(clip, top, left, h, w, [size, size], antialias=True)
     if rng.random() < 0.5:
         clip = TF.horizontal_flip(clip)
-    if rng.random() < p_jitter:
+    if rng.random() < jitter_prob:
         changes = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
         amounts = [*rng.uniform(1 - jitter, 1 + jitter, 3), rng.uniform(-hue, hue)]
         for k in rng.permutation(4):
             clip = changes[k](clip, float(amounts[k]))
-    if rng.random() < p_grey:
+    if rng.random() < grey_prob:
         clip = TF.rgb_to_grayscale(clip, num_output_channels=3)
     return clip
 

@@ -291,7 +291,7 @@ def test_a_mistake_costs_one_line(flags, words, classifier, toy, tmp_path, monke
     assert not list(tmp_path.rglob("*.json"))
 
 
-# ---- docs/: differences with their intervals, and two figures of the paper -----------------------
+# ---- docs/: differences, unlabelled videos, two figures of the paper ------------------------------
 
 def script(name):
     spec = importlib.util.spec_from_file_location(name, HERE / f"docs/{name}.py")
@@ -316,6 +316,41 @@ def test_differences_within_runs(tmp_path, capsys):
         "student.pt", "3", "56.7 ± 8.3", "+7.0 ± 4.2", "-31.1 to +45.1", "2 of 2",
         "+3.3 ± 4.5", f"{10 / 3 - half:+.1f} to {10 / 3 + half:+.1f}", "2 of 3"]
     assert cells(printed, "labeled_only.pt")[1:6] == ["2", "45.0 ± 7.1", "", "", ""]
+
+
+def test_what_is_known_of_the_unlabelled_videos(chain, capsys):
+    """By each video's middle clip, one after the other; of toy's groups two clips each count."""
+    unlabeled = script("unlabeled")
+    assert unlabeled.group_of("Diving/v_Diving_g08_c02.avi") == "Diving/v_Diving_g08"
+
+    def group_of(name):
+        return name[:-5], int(name[-5]) // 2
+
+    unlabeled.group_of = group_of
+    unlabeled.main([str(chain), "--rows", "student.pt", "inv_ft.pt", "--device", "cpu",
+                    "--precision", "fp32", "--workers", "0"])
+    printed = capsys.readouterr().out
+    labeled = load(chain, "inv_ft")["labeled"]
+    args = argparse.Namespace(**load(chain, "inv_ft")["args"])
+    groups = {group_of(name) for name in labeled}
+    videos = tb.read_videos("toy", args.root, True)
+    rest = [i for i, name in enumerate(videos.names()) if name not in labeled]
+    easy = np.array([group_of(videos.name(i)) in groups for i in rest])
+    right = {}
+    for name in ("student", "inv_ft"):
+        model = tb.load_classifier(load(chain, name), CPU)
+        best = []
+        for i in rest:
+            clip = full_decode(videos.path(i))
+            clip = clip[tb.clip_indices(len(clip), args.frames, args.stride)]
+            clip = tb.centre_crop(torch.as_tensor(clip), args.size)
+            best.append(model(tb.to_input([clip], model)).argmax().item())
+        right[name] = 100 * (np.array(best) == videos.labels[rest])
+    of_student = [right["student"], right["student"][easy], right["student"][~easy]]
+    assert cells(printed, "student.pt")[1:4] == [f"{x.mean():.1f} ± 0.0" for x in of_student]
+    apart = right["student"].mean() - right["inv_ft"].mean()
+    assert cells(printed, "student.pt")[5].startswith(f"{apart:+.1f} ")
+    assert printed.splitlines()[-7].startswith(f"{100 * easy.mean():.1f} ")
 
 
 def test_figures_are_drawn(chain, tmp_path, capsys):

@@ -18,7 +18,7 @@ import common as tb
 HERE = Path(__file__).resolve().parents[1]
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
 STAGES = ["pretrain_inv.py", "pretrain_dist.py", "finetune.py", "train_student.py", "evaluate.py"]
-SCRIPTS = [*STAGES, "docs/draw.py", "docs/intervals.py"]
+SCRIPTS = [*STAGES, "docs/draw.py", "docs/intervals.py", "docs/unlabeled.py"]
 OTHERS = {  # flags of torchrun, docker and argparse
     "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts",
     "--shm-size", "--help"}
