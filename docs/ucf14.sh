@@ -28,8 +28,11 @@ if [ $# = 0 ]; then
             student_alone.pt student_alone_dist.pt student_alone_inv.pt student_alone_both.pt \
             dist_ft.pt inv_ft.pt student_dist.pt student_inv.pt student_mean_dist.pt \
             student_mean_inv.pt student_mean_both.pt "teachers, mean" "teachers, TSTR"
-        python docs/unlabeled.py runs/ucf14-?-?-$percent \
-            --rows student_dist.pt student_alone_dist.pt
+        for start in dist inv both; do
+            [ $start = both ] && seed=0 || seed=?
+            python docs/unlabeled.py runs/ucf14-$seed-?-$percent \
+                --rows student_$start.pt student_alone_$start.pt
+        done
         python docs/draw.py runs/ucf14-?-?-$percent --out docs/ucf14-$percent
     done
     exit
