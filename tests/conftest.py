@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,12 @@ from test_common import (  # noqa: fixtures, too; before torch, whose threads it
     CHECKPOINTS, STAGES, TINY, chain, load, read_log, stage_argv, toy)
 
 import torch
+
+
+def pytest_configure(config):
+    """Only pytest shows this warning, of Python 3.12 and later: a stage would log it."""
+    config.addinivalue_line("filterwarnings",
+                            "ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
 @pytest.fixture(scope="session")
@@ -42,9 +47,7 @@ def complaint(capsys):
     """A function that calls another, which ends in an error -> its one line on stderr."""
     def call(function, *args, status=2):
         capsys.readouterr()
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as end:
-            # Only pytest shows them, such as Python 3.12's of a fork beside threads.
-            warnings.simplefilter("ignore", DeprecationWarning)
+        with pytest.raises(SystemExit) as end:
             function(*args)
         error = capsys.readouterr().err.strip()
         assert end.value.code == status and "\n" not in error, error
