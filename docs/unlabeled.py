@@ -29,7 +29,7 @@ from train_student import score_videos
 @command
 def main(argv=None):
     parser = Parser(__doc__, parents=[machine_arguments()])
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="run folders")
     parser.add_argument("--rows", nargs="+", default=["student.pt", "student_alone_dist.pt"],
                         metavar="CHECKPOINT", help="classifiers, beside both teachers "
                         "(default: student.pt student_alone_dist.pt)")
