@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import (
     Parser, Videos, combine_teachers, command, default_precision, find_labeled, machine_arguments,
-    prepare, read_checkpoint, read_videos)  # before torch: see its imports
+    prepare, print0, read_checkpoint, read_videos)  # before torch: see its imports
 
 import numpy as np
 import torch
@@ -48,12 +48,12 @@ def main(argv=None):
         videos = read_videos(trained["data"], trained["root"], True, trained["split"])
         labeled = find_labeled(videos, saved)
         groups = {group_of(videos.name(i)) for i in labeled}
-        rest = np.setdiff1d(np.arange(len(videos)), labeled)
-        rest = Videos(videos.folder, [videos.name(i) for i in rest], videos.labels[rest],
-                      videos.classes)
-        found, _ = class_probabilities(list(saved.values()), rest, args, device)
-        names = [rest.name(i) for i in found]
-        labels = rest.labels[list(found)]
+        ids = np.setdiff1d(np.arange(len(videos)), labeled)
+        unlabeled = Videos(videos.folder, [videos.name(i) for i in ids], videos.labels[ids],
+                           videos.classes)
+        found, _ = class_probabilities(list(saved.values()), unlabeled, args, device)
+        names = [unlabeled.name(i) for i in found]
+        labels = unlabeled.labels[list(found)]
         p = dict(zip(saved, torch.stack(list(found.values()), 1)))
         s = score_videos("tstr", {name: saved[name] for name in TEACHERS}, names)
         p["teachers, TSTR"] = combine_teachers(*(p[name] for name in TEACHERS), s)
@@ -65,7 +65,7 @@ def main(argv=None):
             four = [right.mean(), right[easy].mean(), right[~easy].mean(), confidence.mean()]
             numbers.setdefault(name, []).append([100 * float(x) for x in four])
 
-    print(f"{spread(labeled_groups)} % of the unlabelled videos are of a labelled group")
+    print0(f"{spread(labeled_groups)} % of the unlabelled videos are of a labelled group")
     control = np.array(numbers[args.rows[-1]])
     table = []
     for name, values in numbers.items():

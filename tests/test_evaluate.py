@@ -291,7 +291,7 @@ def test_a_mistake_costs_one_line(flags, words, classifier, toy, tmp_path, monke
     assert not list(tmp_path.rglob("*.json"))
 
 
-# ---- docs/: differences, unlabelled videos, two figures of the paper ------------------------------
+# ---- docs/: differences, unlabelled videos, two figures of the paper -----------------------------
 
 def script(name):
     spec = importlib.util.spec_from_file_location(name, HERE / f"docs/{name}.py")
