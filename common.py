@@ -17,16 +17,13 @@ import json
 import math
 import os
 import pickle
-import resource
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
-import zipfile
-from collections import OrderedDict, namedtuple
+from collections import Counter, OrderedDict, namedtuple
 from datetime import timedelta
 from pathlib import Path
 
@@ -54,47 +51,23 @@ from tqdm import tqdm
 
 # ==== Losses and TSTR =============================================================================
 # invariant_loss, distinctive_loss, unpooled_distinctive_loss, distillation_loss;
-# temporal_similarity, similarity_score, combine_teachers
-def check_tensors(shapes, *tensors, dtype=None, **least):
-    """ValueError unless the tensors have these shapes and are floating-point, or of this dtype.
-
-    shapes: "B C, B" means that the first is (B, C) and the second (B,). A letter is the same size
-    everywhere, at least 1 or what `least` says (B=2). Values are not read: a GPU would stall."""
-    sizes = {"3": 3}  # the colours
-
-    def fits(x, letters):
-        if not torch.is_tensor(x) or len(letters) != x.ndim:
-            return False
-        right_type = x.dtype == dtype if dtype else x.is_floating_point()
-        return right_type and all(sizes.setdefault(letter, size) == size >= least.get(letter, 1)
-                                  for letter, size in zip(letters, x.shape))
-
-    if not all(fits(x, shape.split()) for x, shape in zip(tensors, shapes.split(", "))):
-        limits = "".join(f", {letter} >= {size}" for letter, size in least.items())
-        raise ValueError(f"expected {dtype or 'floating-point'} tensors ({shapes}){limits}; "
-                         f"found {', '.join(map(describe, tensors))}")
-
-
-def describe(x):
-    """Type and shape of a tensor, type of anything else."""
-    return f"{x.dtype} {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
-
-
+# temporal_similarity, similarity_score, combine_teachers, score_videos
 def at_least_float32(x):
     """float32 of lower precisions; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def cosine_similarity(a, b):
+def pairwise_cosine(a, b):
     """Sim(., .) of Eq. 5 for all pairs: (..., n, d), (..., m, d) -> (..., n, m).
 
     The vectors need not be normalised. float64 stays float64; all else is computed in float32,
     inside autocast too: in bfloat16 a cosine of 0.9 is off by 0.002, and 1 / temperature makes that
     0.02. ValueError for other shapes or types."""
-    vectors = all(torch.is_tensor(x) and x.is_floating_point() and x.ndim > 1 for x in (a, b))
-    if not vectors or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-1]:
-        raise ValueError("expected floating-point tensors (..., n, d) and (..., m, d); "
-                         f"found {describe(a)}, {describe(b)}")
+    if a.ndim < 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-1]:
+        raise ValueError(f"expected (..., n, d) and (..., m, d); found {tuple(a.shape)} and "
+                         f"{tuple(b.shape)}")
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise ValueError(f"expected floating-point tensors; found {a.dtype} and {b.dtype}")
     with torch.autocast(a.device.type, enabled=False):
         a = F.normalize(at_least_float32(a), dim=-1)
         b = F.normalize(at_least_float32(b), dim=-1)
@@ -105,7 +78,7 @@ def log_h(a, b, temperature):
     """log h(., .) of Eq. 1 and 3 for all pairs: (..., n, d), (..., m, d) -> (..., n, m)."""
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}: expected a positive number")
-    return cosine_similarity(a, b) / temperature
+    return pairwise_cosine(a, b) / temperature
 
 
 def invariant_loss(z, temperature=0.1):
@@ -118,7 +91,8 @@ def invariant_loss(z, temperature=0.1):
     Eq. 1 as printed: the indicator covers only the first term of the denominator. So the anchor
     z[i, t1] is compared with clip t1 of the other videos and with clip t2 of every video. For j = i
     the latter is the positive."""
-    check_tensors("B n d", z, B=2, n=2)
+    if z.ndim != 3 or z.shape[0] < 2 or z.shape[1] < 2:
+        raise ValueError(f"expected z (B, n, d), B and n 2 or more; found {tuple(z.shape)}")
     B, n, _ = z.shape
     logits = log_h(z.flatten(0, 1), z.flatten(0, 1), temperature)
     logits = logits.view(B, n, B, n)  # i, t1, j, t2
@@ -142,7 +116,9 @@ def distinctive_loss(z, z_aug, temperature=0.1):
     The negatives of an anchor are the other timestamps of its own video in both augmentations. Two
     changes to Eq. 3 as printed: the denominator also contains the positive (without it, the loss
     has no lower bound), and clips of both augmentations serve as anchors."""
-    check_tensors("B n d, B n d", z, z_aug, n=2)
+    if z.ndim != 3 or z.shape != z_aug.shape or z.shape[0] < 1 or z.shape[1] < 2:
+        raise ValueError(f"expected two (B, n, d), n 2 or more; found {tuple(z.shape)} and "
+                         f"{tuple(z_aug.shape)}")
     B, n, _ = z.shape
     views = torch.cat([z, z_aug], 1)  # (B, 2n, d)
     self_mask = torch.eye(2 * n, dtype=torch.bool, device=z.device)
@@ -159,7 +135,11 @@ def unpooled_distinctive_loss(z_local, z_global, temperature=0.1):
     (B, n, d), the n temporal slices of the long clip that spans them. They need not be normalised.
     Returns a scalar: InfoNCE of each clip over the n slices of its video and of each slice over the
     n clips, mean over both directions and over videos. ValueError for other shapes or types."""
-    check_tensors("B n d, B n d", z_local, z_global, n=2)
+    if z_local.ndim != 3 or z_local.shape != z_global.shape or len(z_local) < 1:
+        raise ValueError(f"expected two (B, n, d); found {tuple(z_local.shape)} and "
+                         f"{tuple(z_global.shape)}")
+    if z_local.shape[1] < 2:
+        raise ValueError(f"expected 2 or more clips of a video; found {z_local.shape[1]}")
     B, n, _ = z_local.shape
     logits = log_h(z_local, z_global, temperature)  # B, clip, slice
     aligned = torch.arange(n, device=logits.device).expand(B, n)
@@ -175,7 +155,11 @@ def distillation_loss(p_student, p_teacher, kind="l2"):
     squared difference ("l2"), KL(teacher || student) ("kl") or the Jensen-Shannon divergence
     ("js"), mean over the batch. Inside logarithms, probabilities below 1e-8 count as 1e-8, so that
     one-hot vectors have finite gradients. ValueError for other shapes, types or kinds."""
-    check_tensors("B C, B C", p_student, p_teacher)
+    if p_student.ndim != 2 or p_student.shape != p_teacher.shape or 0 in p_student.shape:
+        raise ValueError(f"expected two (B, C); found {tuple(p_student.shape)} and "
+                         f"{tuple(p_teacher.shape)}")
+    if not (p_student.is_floating_point() and p_teacher.is_floating_point()):
+        raise ValueError(f"expected probabilities; found {p_student.dtype} and {p_teacher.dtype}")
     p_student = at_least_float32(p_student)
     p_teacher = at_least_float32(p_teacher)
 
@@ -195,8 +179,9 @@ def distillation_loss(p_student, p_teacher, kind="l2"):
 def temporal_similarity(z):
     """C, Eq. 5: z (B, n, d), n >= 2 clips of each of B videos -> (B, n, n), the cosine of each pair
     of clips. ValueError for other shapes or types."""
-    check_tensors("B n d", z, B=0, n=2)
-    return cosine_similarity(z, z)
+    if z.ndim != 3 or z.shape[1] < 2:
+        raise ValueError(f"expected z (B, n, d), n 2 or more; found {tuple(z.shape)}")
+    return pairwise_cosine(z, z)
 
 
 def similarity_score(c_inv, c_dist):
@@ -204,8 +189,12 @@ def similarity_score(c_inv, c_dist):
 
     Clamped to [0, 1]: a mean cosine can be negative, a weight cannot. The paper leaves this open.
     ValueError for other shapes or types."""
-    check_tensors("B n n, B n n", c_inv, c_dist, B=0, n=2)
-    n = c_inv.shape[1]
+    n = c_inv.shape[-1]
+    if c_inv.shape != c_dist.shape or c_inv.shape[1:] != (n, n) or n < 2:
+        raise ValueError(f"expected two (B, n, n), n 2 or more; found {tuple(c_inv.shape)} and "
+                         f"{tuple(c_dist.shape)}")
+    if not (c_inv.is_floating_point() and c_dist.is_floating_point()):
+        raise ValueError(f"expected floating-point tensors; found {c_inv.dtype}, {c_dist.dtype}")
     diagonal = torch.eye(n, dtype=torch.bool, device=c_inv.device)
     total = at_least_float32(c_inv) + at_least_float32(c_dist)
     total = total.masked_fill(diagonal, 0).sum((1, 2))
@@ -215,9 +204,25 @@ def similarity_score(c_inv, c_dist):
 def combine_teachers(p_inv, p_dist, score):
     """p_T, Eq. 7: two (B, C) of probabilities, weighted by score (B,) and 1 - score -> (B, C).
     ValueError for other shapes or types."""
-    check_tensors("B C, B C, B", p_inv, p_dist, score, B=0)
+    if p_inv.ndim != 2 or p_inv.shape != p_dist.shape or score.shape != p_inv.shape[:1]:
+        raise ValueError(f"expected (B, C), (B, C) and (B,); found {tuple(p_inv.shape)}, "
+                         f"{tuple(p_dist.shape)} and {tuple(score.shape)}")
+    if not (p_inv.is_floating_point() and p_dist.is_floating_point()):
+        raise ValueError(f"expected probabilities; found {p_inv.dtype} and {p_dist.dtype}")
     s = at_least_float32(score)[:, None]
     return s * p_inv + (1 - s) * p_dist
+
+
+def score_videos(names, c_inv, c_dist):
+    """s of every video in `names`: (N,). c_inv, c_dist: {name: C}, C (n, n), by either teacher.
+
+    A video that one of them lacks gets 0.5, so the plain mean. ValueError if their n differ."""
+    known = [k for k, name in enumerate(names) if name in c_inv and name in c_dist]
+    score = torch.full((len(names),), 0.5)
+    if known:
+        score[known] = similarity_score(torch.stack([c_inv[names[k]] for k in known]),
+                                        torch.stack([c_dist[names[k]] for k in known]))
+    return score
 
 
 # ==== Models and public weights ===================================================================
@@ -417,13 +422,10 @@ class Embedder(nn.Module):
 
         First a row for each short clip, pooled over time, then `slices` rows for each long clip,
         one for each temporal slice of its features. All rows pass the head together, so that its
-        BatchNorm sees one batch. ValueError for another shape, or if T' is no multiple of
-        `slices`."""
-        check_tensors("N 3 T H W", clips)
+        BatchNorm sees one batch. ValueError if T' is no multiple of `slices`."""
         f = self.backbone.features(clips)  # (N, D, T')
-        if not 0 <= num_long <= len(f) or slices < 1 or f.shape[2] % slices:
-            raise ValueError(f"cannot cut {num_long} of {len(f)} clips, which have {f.shape[2]} "
-                             f"time steps, into {slices} slices")
+        if f.shape[2] % slices:
+            raise ValueError(f"cannot cut {f.shape[2]} time steps into {slices} equal slices")
         pooled, unpooled = f.split([len(f) - num_long, num_long])
         unpooled = unpooled.unflatten(2, (slices, -1)).mean(3)  # (num_long, D, slices)
         unpooled = unpooled.transpose(1, 2).flatten(0, 1)  # (num_long * slices, D)
@@ -436,57 +438,42 @@ PREFIXES = ("module.0.", "module.", "model.", "backbone.")
 
 def load_backbone(model, saved):
     """Load all weights except the classifier's from what torch.load returned, whichever program
-    wrote it -> how many tensors were taken and how many were left.
+    wrote it.
 
     Known public forms: torchvision's r3d_18 (a bare state dict), PyTorchVideo's slow_r50 (under
-    "model_state"), TCLR's (under "state_dict", trained on BGR frames). ValueError if there are no
-    weights, or one is missing or does not fit."""
-    def tensors_in(content):
-        items = content.items() if isinstance(content, dict) else ()
-        return {k: w for k, w in items if isinstance(k, str) and torch.is_tensor(w)}
-
-    def without_prefixes(name):
+    "model_state"), TCLR's (under "state_dict", trained on BGR frames). ValueError if a weight is
+    missing or does not fit."""
+    def plain(name):
         name = name.replace("_orig_mod.", "")  # of torch.compile, of the whole or of a part
         while prefix := next(filter(name.startswith, PREFIXES), None):
             name = name.removeprefix(prefix)
         return name
 
-    places = ("state_dict", "model_state", "model_state_dict", "model")
-    inner = [saved.get(place) for place in places] if isinstance(saved, dict) else []
-    named = next(filter(None, map(tensors_in, [*inner, saved])), {})
-    if not named:
-        raise ValueError(f"found no weights, not under {', '.join(places)} either")
-    weights = {without_prefixes(name): w for name, w in named.items()}
-    if len(weights) < len(named):
-        raise ValueError("found several networks: save the weights of only one")
+    for place in ("state_dict", "model_state", "model_state_dict", "model"):
+        if isinstance(saved.get(place), dict):
+            saved = saved[place]
+            break
+    weights = {plain(name): w for name, w in saved.items() if torch.is_tensor(w)}
     own = {k: w for k, w in model.state_dict().items() if not k.startswith(CLASSIFIERS)}
-    fitting = {}
-    for key, w in own.items():
-        found = weights.get(key)
-        if found is not None and found.shape == w.shape:
-            if found.is_floating_point() or not w.is_floating_point():
-                fitting[key] = found
-    for key, w in own.items():
-        if key not in fitting and not key.endswith("num_batches_tracked"):
-            found = describe(weights[key]) if key in weights else "missing"
-            raise ValueError(f"{len(fitting)} of {len(own)} tensors fit; {key} is {found}, "
-                             f"expected {describe(w)}: another arch?")
-    if "module.0.stem.0.weight" in named:
+    wrong = [k for k, w in own.items() if k not in weights or weights[k].shape != w.shape]
+    if wrong:
+        raise ValueError(f"{len(wrong)} of {len(own)} tensors of the network are missing or of "
+                         f"another shape, such as {wrong[0]}: another --arch?")
+    fitting = {k: weights[k] for k in own}
+    if "module.0.stem.0.weight" in saved:
         fitting["stem.0.weight"] = fitting["stem.0.weight"].flip(1)
     model.load_state_dict(fitting, strict=False)
-    return len(fitting), len(weights) - len(fitting)
 
 
 # ==== Video: decoding, clips, augmentation ========================================================
-# decode_frames, clip_indices, spaced_clips, draw, augment_clips, centre_crop, to_input
-SEEKABLE = {"avi", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"}  # have an index: seeking is exact
-SHOWS_FRAME = {  # by codec, whether a packet's data begin as those of a frame that is shown
-    "av1": lambda data: data[0] & 0x78,
-    "h264": lambda data: 0 < int.from_bytes(data[:4], "big") <= len(data) - 4,  # size of a unit
-    "hevc": lambda data: 0 < int.from_bytes(data[:4], "big") <= len(data) - 4,
-    "mpeg4": lambda data: data[:3] == b"\0\0\1" and len(data) > 8,  # shorter: "not coded"
-    "vp8": lambda data: data[0] & 16,  # not set in alternate reference frames
-    "vp9": lambda data: data[0] & 10 or data[-1] >> 5 == 6,  # 6: several frames, one is shown
+# decode_frames, clip_indices, spaced_clips, rng, augment_clips, centre_crop, to_input
+# Containers with an index, and the codecs of which every packet is one frame that is shown: there a
+# seek is exact.
+INTRA = {"mjpeg", "prores", "dnxhd", "dvvideo", "ffv1", "huffyuv", "rawvideo", "png"}
+SEEKABLE = {
+    "mov,mp4,m4a,3gp,3g2,mj2": {"h264", "hevc", "vp9", "av1", *INTRA},
+    "matroska,webm": {"h264", "hevc", "vp9", "av1", *INTRA},
+    "avi": {"h264", "mpeg4", *INTRA},
 }
 DECODE_ERRORS = (av.FFmpegError, OSError, ValueError, IndexError)  # what a damaged file can raise
 # HMDB51 has metadata that is not UTF-8, which PyAV below 19 takes for an error.
@@ -511,8 +498,8 @@ def decode_frames(path, indices, short_side=None):
 
     path: a file of any format that FFmpeg reads.
     indices: from 0, in any order, repeated or not; or a function from the count of frames to them.
-        Files do not know their count of frames: the function is called with the count of packets
-        that show one, and again with the true count where it asks for a frame that does not come
+        Files do not know their count of frames: the function is called with the count of packets,
+        and again with the true count where it asks for a frame that does not come
         out (HMDB51's files hold a packet too many, truncated files more).
     short_side: scale frames down, never up, to this many pixels on their shorter side.
 
@@ -552,18 +539,16 @@ def decode_frames(path, indices, short_side=None):
 
 
 def list_packets(container, stream):
-    """(timestamps of the packets that show a frame, {index: position in the file} of the key frames
-    to seek to), in about 1 ms: only the first packet is decoded.
+    """(timestamps of the packets, {index: position in the file} of the key frames to seek to), in
+    about 1 ms: only the first packet is decoded.
 
     After a seek a frame's index is the rank of its timestamp. So no key frame is listed unless
     every packet is whole, is one frame and has a timestamp of its own, and the first is a key frame
-    and the earliest. Nor where B-frames are in AVI (timestamps out of order) or by XviD and DivX
-    (two frames in a packet), as in much of UCF101 and all of HMDB51."""
-    avi = container.format.name == "avi"
-    codec = stream.codec.canonical_name
-    exact = container.format.name in SEEKABLE and not (
-        stream.codec_context.has_b_frames and (avi or codec == "mpeg4"))
-    shows_frame = SHOWS_FRAME.get(codec, bool) if exact else bool
+    and the earliest. Nor where B-frames are in AVI (timestamps out of order), as in much of UCF101
+    and all of HMDB51."""
+    kind = container.format.name
+    exact = stream.codec.canonical_name in SEEKABLE.get(kind, ()) and not (
+        kind == "avi" and stream.codec_context.has_b_frames)
     timestamps = []  # not the packets: they hold the data of the whole file
     positions = {}
     for packet in container.demux(stream):
@@ -571,15 +556,12 @@ def list_packets(container, stream):
             list(decode([packet]))  # it alone may bring tables, which the decoder keeps over a seek
         if not packet.size or packet.is_discard:
             continue
-        data = bytes(packet)
-        shown = shows_frame(data)
-        hole = packet.is_corrupt or bytes(32) in data  # codecs write no long run of zeros
-        if not shown or hole or packet.has_sidedata("new_extradata"):
+        # MPEG-4 marks a frame that is not coded by a packet of up to 8 bytes.
+        if packet.size <= 8 or packet.is_corrupt or packet.has_sidedata("new_extradata"):
             exact = False
-        if shown:
-            timestamps.append(packet.pts)
-            if packet.is_keyframe:
-                positions[packet.pts] = packet.pos
+        timestamps.append(packet.pts)
+        if packet.is_keyframe:
+            positions[packet.pts] = packet.pos
     order = sorted(set(timestamps) - {None})
     if (exact and len(order) == len(timestamps)
             and timestamps[:1] == order[:1] == list(positions)[:1]):
@@ -645,11 +627,6 @@ def turn_upright(picture, matrix):
     return picture[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
 
 
-def clip_span(frames, stride):
-    """The frames of a video from the first to the last of a clip."""
-    return (frames - 1) * stride + 1
-
-
 def clip_indices(count, frames, stride=1, position=0.5):
     """Indices of a clip of `frames` frames, `stride` apart, in a video of `count` frames. A shorter
     video is played whole, in slow motion: if it were looped, its last clip could repeat its first,
@@ -661,7 +638,7 @@ def clip_indices(count, frames, stride=1, position=0.5):
     if not whole or not 0 <= position <= 1:
         raise ValueError(f"no clip of {frames} frames, {stride} apart, lies at {position} of a "
                          f"video of {count} frames")
-    slack = count - clip_span(frames, stride)
+    slack = count - (frames - 1) * stride - 1
     if slack < 0:
         return np.arange(frames) * count // frames
     start = min(slack, int(position * (slack + 1)))
@@ -677,18 +654,9 @@ def spaced_clips(count, clips, frames, stride):
     return np.concatenate([clip_indices(count, frames, stride, p) for p in positions])
 
 
-def draw(seed, *key):
+def rng(seed, *key):
     """A numpy Generator for a key of whole numbers, independent of process and order of calls."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
-
-
-def seed_of(stage, seed):
-    """The seed of one stage's weights and draws. With one seed for all stages, both teachers would
-    share the same initialisation (Algorithm 1, line 6) and see the same crops."""
-    return int(draw(seed, *stage.encode()).integers(2**62))
-
-
-WEAK = dict(area=0.5, jitter=0.2, hue=0.05, jitter_prob=0.5, grey_prob=0.1)  # stages 2 and 3
 
 
 def augment_clips(clips, size, rngs, area=0.3, jitter=0.4, hue=0.1, jitter_prob=0.8, grey_prob=0.2):
@@ -703,11 +671,11 @@ def augment_clips(clips, size, rngs, area=0.3, jitter=0.4, hue=0.1, jitter_prob=
 
     Each clip costs one or two kernels, for its crop. Then each change of colour is made at once for
     all clips that get it at the same place of their random order."""
-    for clip in clips:
-        check_tensors("T H W 3", clip, dtype=torch.uint8)
     if len({len(clip) for clip in clips}) != 1 or len(clips) != len(rngs):
         raise ValueError(f"{len(clips)} clips, {len(rngs)} generators: expected clips of one "
                          "length, and a generator for each")
+    if any(clip.shape[3:] != (3,) or clip.dtype != torch.uint8 for clip in clips):
+        raise ValueError("expected clips of uint8 (T, H, W, 3)")
     crops = []
     flipped = []
     grey = []
@@ -801,9 +769,9 @@ def centre_crop(clip, size, scale=1.0):
     """The central square whose side is `scale` times the shorter side of the frames, resized:
     uint8 (T, H, W, 3) -> uint8 (T, 3, size, size). ValueError for another shape or type, or a scale
     that is not in (0, 1]."""
-    check_tensors("T H W 3", clip, dtype=torch.uint8)
-    if not 0 < scale <= 1:
-        raise ValueError(f"scale {scale}: expected more than 0, at most 1")
+    if clip.shape[3:] != (3,) or clip.dtype != torch.uint8 or not 0 < scale <= 1:
+        raise ValueError(f"expected uint8 (T, H, W, 3) and a scale in (0, 1]; found {clip.dtype} "
+                         f"{tuple(clip.shape)} and {scale}")
     clip = clip.permute(0, 3, 1, 2)
     side = max(1, round(scale * min(clip.shape[2:])))
     return TF.resize(TF.center_crop(clip, [side, side]), [size, size], antialias=True)
@@ -816,7 +784,9 @@ def to_input(clips, model):
     differ in shape."""
     if not torch.is_tensor(clips):
         clips = torch.stack(clips)
-    check_tensors("N T 3 H W", clips, dtype=torch.uint8)
+    if clips.ndim != 5 or clips.shape[2] != 3 or clips.dtype != torch.uint8:
+        raise ValueError(f"expected uint8 (N, T, 3, H, W); found {clips.dtype} "
+                         f"{tuple(clips.shape)}")
     kind = clips.device.type
     dtype = model.mean.dtype
     if torch.is_autocast_enabled(kind):
@@ -830,7 +800,7 @@ def to_input(clips, model):
 
 
 # ==== Data sets, labelled subset, toy videos ======================================================
-# read_videos, Videos, walk_videos, labeled_subset, read_labeled_list, render_toy, write_atomically
+# read_videos, Videos, list_videos, labeled_subset, read_labeled_list, render_toy
 class UserError(Exception):
     """A mistake in arguments or input: `command` makes it one line on stderr and exit status 2."""
     status = 2
@@ -840,7 +810,7 @@ SUFFIXES = tuple("""
     .3g2 .3gp .asf .avi .dav .divx .dv .f4v .flv .gif .h264 .hevc .m2t .m2ts .m2v .m4v .mjpeg .mjpg
     .mkv .mod .mov .mp4 .mpe .mpeg .mpg .mts .mxf .ogm .ogv .qt .rm .rmvb .tod .ts .vob .webm .wmv
     """.split())  # what cameras and the web write, and FFmpeg reads
-HIDDEN = (".", "@", "#recycle", "#snapshot", "$RECYCLE", "__MACOSX", "lost+found")  # such folders
+HIDDEN = (".", "@", "#recycle", "$RECYCLE", "__MACOSX")  # how such names begin
 TREES = {  # videos, and lists or test videos, under --root
     "ucf101": ("UCF-101/<Class>/*.avi", "ucfTrainTestlist/*.txt"),
     "hmdb51": ("hmdb51_org/<class>/*.avi", "testTrainMulti_7030_splits/*.txt"),
@@ -851,28 +821,20 @@ TREES["toy"] = TREES["ucf101"]  # the last: render_toy names the first that fits
 
 
 class Videos:
-    """The videos of a data set, by an id from 0: name(i) (its path below `folder`), labels (N,)
+    """The videos of a data set, by an id from 0: names (their paths below `folder`), labels (N,)
     (-1: not known), classes."""
 
     def __init__(self, folder, names, labels, classes):
         self.folder = folder
+        self.names = list(names)
         self.labels = np.array(labels, np.int64)
         self.classes = classes
-        # One block of bytes. A list of strings would be copied into every worker, as its reference
-        # counts change.
-        self.encoded_names = np.array([os.fsencode(name) for name in names])
 
     def __len__(self):
         return len(self.labels)
 
-    def name(self, i):
-        return os.fsdecode(self.encoded_names[i])
-
-    def names(self):
-        return [self.name(i) for i in range(len(self))]
-
     def path(self, i):
-        return os.path.join(self.folder, self.name(i))
+        return os.path.join(self.folder, self.names[i])
 
     def mask_labels(self, keep=()):
         """The label firewall: overwrites all labels but those of `keep`, so that no later code can
@@ -887,11 +849,9 @@ def read_videos(data, root, train, split=1, pool="train"):
     not a test video. Of `folder`, what lies under unlabeled/ is among the training videos, with
     label -1. UserError if the lists or over 5 % of the videos that they name are missing."""
     root = Path(root)
-    needed = [part.split("/")[0] for part in TREES[data]]
-    if train and needed[0] == "train":
-        del needed[1]
-    if missing := [name for name in needed if not os.path.isdir(root / name)]:
-        raise wrong_tree(data, root, f"no {' and no '.join(missing)}")
+    for part in TREES[data][:1 if train and data in ("kinetics400", "folder") else 2]:
+        if not os.path.isdir(root / part.split("/")[0]):
+            raise wrong_tree(data, root, f"no {part.split('/')[0]}")
     if data == "hmdb51":
         folder, classes, class_of = read_hmdb51(root, train, split, pool)
     elif data in ("ucf101", "toy"):
@@ -900,30 +860,23 @@ def read_videos(data, root, train, split=1, pool="train"):
         folder, classes, class_of = read_folders(data, root, train)
     if not class_of:
         raise wrong_tree(data, root, f"no {'training' if train else 'test'} videos")
-    # A listing of each folder costs less than a look at each file.
-    parents = {os.path.dirname(name) for name in class_of}
-    on_disk = {os.path.join(parent, file) for parent in parents if os.path.isdir(folder / parent)
-               for file in sum(list_folder(folder / parent), [])}
-    if missing := sorted(class_of.keys() - on_disk):
-        problem = (f"{len(missing)} of {len(class_of)} listed videos are not in {folder}, such as "
-                   + missing[0])
+    if data in ("hmdb51", "ucf101", "toy"):
+        missing = sorted(class_of.keys() - list_videos(folder))
         if len(missing) > 0.05 * len(class_of):
-            raise wrong_tree(data, root, problem)
-        warnings.warn(problem)
-    names = [name for name in class_of if name in on_disk]
+            raise wrong_tree(data, root, f"{len(missing)} of {len(class_of)} listed videos are not "
+                             f"in {folder}, such as {missing[0]}")
+        if missing:
+            warnings.warn(f"{len(missing)} of {len(class_of)} listed videos are not in {folder}, "
+                          f"such as {missing[0]}")
+        class_of = {name: c for name, c in class_of.items() if name not in missing}
     number = {None: -1} | {c: k for k, c in enumerate(classes)}
     if unknown := sorted(set(class_of.values()) - number.keys()):
         raise UserError(f"{root}: videos of {unknown[0]} are listed, but not this class")
-    return Videos(folder, names, [number[class_of[name]] for name in names], classes)
+    return Videos(folder, class_of, [number[c] for c in class_of.values()], classes)
 
 
 def wrong_tree(data, root, problem):
-    """The error in one line: what is missing, what the tree should be, what the folder holds."""
-    tops = [root / name for name in sum(list_folder(root), [])] if os.path.isdir(root) else []
-    found = [next(itertools.chain(top.glob("*/*"), top.glob("*"), [top])) for top in tops[:5]]
-    held = ", ".join(os.path.relpath(path, root) for path in found) + ", ..." * (len(tops) > 5)
-    return UserError(f"{root}: {problem}; expected {' and '.join(TREES[data])}, "
-                     f"found {held or 'nothing'}")
+    return UserError(f"{root}: {problem}; expected {' and '.join(TREES[data])}")
 
 
 def read_ucf101(root, train, split):
@@ -941,8 +894,8 @@ def read_hmdb51(root, train, split, pool):
     lists = root / "testTrainMulti_7030_splits"
     ending = f"_test_split{split}.txt"
     codes = "2" if not train else "1" if pool == "train" else "01"
-    _, _, files = list_folder(lists)
-    classes = [f.removesuffix(ending) for f in files if f.endswith(ending)]
+    classes = [file.removesuffix(ending) for file in sorted(os.listdir(lists))
+               if file.endswith(ending)]
     class_of = {}
     for c in classes:
         for row in read_lines(lists / (c + ending)):
@@ -953,64 +906,51 @@ def read_hmdb51(root, train, split, pool):
 
 
 def read_folders(data, root, train):
-    """Folder of the videos, classes, and {name: class}, where every class is a folder; the class of
-    what lies under unlabeled/ is None."""
-    class_of = read_class_folders(root, "train", list_folder(root / "train")[0])
-    classes = sorted(set(class_of.values()))
+    """Folder of the videos, classes, and {name: class}, where a class is a folder, with videos at
+    any depth below it; the class of what lies under unlabeled/ is None."""
+    def read_classes(part):
+        names = sorted(os.path.join(part, name) for name in list_videos(root / part))
+        return {name: name.split("/")[1] if name.count("/") > 1 else None for name in names}
+
+    class_of = read_classes("train")
+    classes = sorted(set(class_of.values()) - {None})
     if not train:
-        class_of = read_class_folders(root, "val" if data == "kinetics400" else "test", classes)
-    elif data == "folder" and os.path.isdir(root / "unlabeled"):
-        unlabeled = walk_videos(root / "unlabeled")
-        class_of |= {os.path.relpath(path, root): None for path in unlabeled}
-        if not unlabeled:
-            warnings.warn(f"{root / 'unlabeled'}: no video in it")
+        class_of = read_classes("val" if data == "kinetics400" else "test")
+    ignored = [name for name, c in class_of.items() if c not in classes]
+    if ignored:
+        warnings.warn(f"{len(ignored)} videos are in no class of train/, such as "
+                      f"{root / ignored[0]}: ignored")
+    class_of = {name: c for name, c in class_of.items() if c in classes}
+    if train and data == "folder" and os.path.isdir(root / "unlabeled"):
+        names = sorted(os.path.join("unlabeled", name) for name in list_videos(root / "unlabeled"))
+        class_of |= dict.fromkeys(names)
     return root, classes, class_of
 
 
-def read_class_folders(root, subset, classes):
-    """{name: class} of the videos in root/subset/<class>/."""
-    names = [os.path.relpath(path, root) for path in walk_videos(root / subset, deep=False)]
-    class_of = {name: c for name in names if (c := name.split("/")[1]) in classes}
-    folders, loose, _ = list_folder(root / subset)
-    odd = sorted({*folders, *loose} - set(class_of.values()))
-    if class_of and odd:
-        warnings.warn(f"{root / subset}: ignored, no video inside or no such class in train/: "
-                      + ", ".join(odd[:9]) + ", ..." * (len(odd) > 9))
-    return class_of
-
-
-def walk_videos(folder, deep=True):
-    """The paths of the video files in a folder and below it, sorted; if not deep, of those in the
-    folder and in its folders. Linked folders are followed, but none is read twice."""
-    seen = {str(above) for above in Path(os.path.realpath(folder)).parents}
-    folders = [folder]
-    paths = []
-    left_out = []
-    for here in folders:  # which grows
-        if (real := os.path.realpath(here)) not in seen:
-            seen.add(real)
-            below, videos, others = list_folder(here)
-            if deep or here == folder:
-                folders += [os.path.join(here, name) for name in below]
-            paths += [os.path.join(here, name) for name in videos]
-            left_out += others
-    if paths and left_out:
-        endings = sorted({os.path.splitext(name)[1].lower() or "no ending" for name in left_out})
-        warnings.warn(f"{folder}: {len(left_out)} other files left out: {', '.join(endings)}")
-    return sorted(paths)
-
-
-def list_folder(folder):
-    """Sorted names of the folders, the video files and the other files in a folder, without hidden
-    ones; UserError if it cannot be read."""
+def list_videos(folder):
+    """The set of the paths below a folder of all its video files, at any depth, without hidden
+    ones. Linked folders are followed, but none is read twice. UserError if one cannot be read."""
     def refuse(error):
-        raise UserError(f"{folder}: {error.strerror}")
+        raise UserError(f"{error.filename}: {error.strerror}")
 
-    _, folders, files = next(os.walk(folder, onerror=refuse))
-    folders = sorted(name for name in folders if not name.startswith(HIDDEN))
-    files = {name for name in files if not name.startswith(".")}
-    videos = {name for name in files if name.lower().endswith(SUFFIXES)}
-    return folders, sorted(videos), sorted(files - videos)
+    seen = set(map(str, Path(os.path.realpath(folder)).parents))
+    videos = set()
+    others = []
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        if (real := os.path.realpath(here)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
+        for name in files:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                videos.add(os.path.relpath(os.path.join(here, name), folder))
+            elif not name.startswith("."):
+                others.append(os.path.splitext(name)[1])
+    if videos and others:
+        warnings.warn(f"{folder}: {len(others)} files of other endings left out: "
+                      + ", ".join(sorted(set(others))[:9]))
+    return videos
 
 
 def read_lines(path):
@@ -1048,31 +988,25 @@ def read_labeled_list(path, videos):
     """The videos of a published list of labelled videos -> sorted ids.
 
     A row is a path and up to two numbers, which are ignored: lists number classes in different
-    ways. Its class folder and file name are compared as they are, then without the file's ending,
-    then without the class's case, blanks and underscores. UserError if a row fits two videos."""
-    def keys(name):
+    ways. It names the video with the same folder, but for case, blanks and underscores, and the
+    same file name, but for its ending. UserError if a row fits two videos."""
+    def key_of(name):
         folder, file = os.path.split(name)
-        c = os.path.basename(folder)
-        stem = os.path.splitext(file)[0] if file.lower().endswith(SUFFIXES) else file
-        return (0, c, file), (1, c, stem), (2, c.replace(" ", "").replace("_", "").lower(), stem)
+        folder = os.path.basename(folder).replace(" ", "").replace("_", "").lower()
+        return folder, os.path.splitext(file)[0] if file.lower().endswith(SUFFIXES) else file
 
-    known = {}
+    ids_of = {}
     for i in np.flatnonzero(videos.labels >= 0).tolist():
-        for key in keys(videos.name(i)):
-            known.setdefault(key, set()).add(i)
+        ids_of.setdefault(key_of(videos.names[i]), []).append(i)
     chosen = set()
     absent = []
     for row in read_lines(path):
         readings = [row.rsplit(maxsplit=n) for n in range(3)]  # a number may belong to the name
         names = [name for name, *numbers in readings if all(map(str.isdecimal, numbers))]
-        for same in zip(*map(keys, names)):
-            fits = set().union(*(known.get(key, ()) for key in same))
-            if fits:
-                break
+        fits = sorted({i for name in names for i in ids_of.get(key_of(name), ())})
         if len(fits) > 1:
-            raise UserError(f"{path}: {row} fits {' and '.join(videos.name(i) for i in fits)}: "
-                            "write the class and the file as they are on disk")
-        chosen |= fits
+            raise UserError(f"{path}: {row} fits {' and '.join(videos.names[i] for i in fits)}")
+        chosen.update(fits)
         if not fits:
             absent.append(row)
     if absent:
@@ -1162,51 +1096,43 @@ def paint_toy(square, length, pattern, colour, scene):
 
 
 def render_toy(root, train=400, test=200):
-    """Write the toy videos as MPEG-4 files in UCF101's layout, unless toy.json says that all are
-    there; UserError if the folder holds anything else.
-
-    Every file is complete or absent, so a rendering that was interrupted resumes."""
+    """Write the toy videos as MPEG-4 files in UCF101's layout, unless they are there; UserError if
+    the folder holds anything else."""
     root = Path(root)
-    done = root / "toy.json"
-    settings = {"version": 2, "train": train, "test": test}
-    if os.path.exists(done):
-        if json.loads(done.read_text())["version"] != settings["version"]:
-            raise UserError(f"{root} holds toy videos of another version: remove it or choose "
-                            "another --root")
+    version = 2
+    if os.path.exists(root / "toy.json"):
+        if json.loads((root / "toy.json").read_text())["version"] != version:
+            raise UserError(f"{root} holds toy videos of another version: choose another --root")
         return
+    if os.path.exists(root) and os.listdir(root):
+        raise UserError(f"{root} is not empty: toy videos need a new --root (is --data missing?)")
+    part = root.with_name(f"{root.name}.part")  # renamed when it is complete
     classes = [*TOY_PATTERNS, *TOY_MOVES]
-    held = sum(list_folder(root), []) if os.path.exists(root) else []
-    begun = list_folder(root / "UCF-101")[0] if "UCF-101" in held else []
-    if begun and set(begun) <= set(classes):  # rendering was interrupted
-        held = [name for name in held if name not in ("UCF-101", "ucfTrainTestlist")]
-    if held:
-        meant = [name for name, (_, part) in TREES.items() if part.split("/")[0] in held]
-        raise UserError(f"{root} holds {held[0]}{'/' * os.path.isdir(root / held[0])}: --data "
-                        f"{(meant or ['folder'])[0]}? Toy videos need an empty --root")
     names = []
     for i in tqdm(range(train + test), desc=f"rendering toy videos into {root}", disable=None):
         k, label = divmod(i, len(classes))
         c = classes[label]
         names.append(f"{c}/v_{c}_g{k // 4 + 1:02}_c{k % 4 + 1:02}.avi")
-        path = root / "UCF-101" / names[i]
-        if not path.exists():
-            frames = toy_clip(label, draw(0, int.from_bytes(names[i].encode(), "big")))
-            write_atomically(path, lambda file: encode_video(file, frames))
-    rows = [f"{name} {i % len(classes) + 1}" for i, name in enumerate(names)]
+        path = part / "UCF-101" / names[i]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        encode_video(path, toy_clip(label, rng(0, int.from_bytes(names[i].encode(), "big"))))
     lists = {
         "classInd": [f"{k + 1} {c}" for k, c in enumerate(classes)],
         "testlist01": names[:test],
-        "trainlist01": rows[test:],
+        "trainlist01": [f"{name} {i % len(classes) + 1}" for i, name in enumerate(names)][test:],
     }
+    (part / "ucfTrainTestlist").mkdir(exist_ok=True)
     for name, lines in lists.items():
-        text = "".join(f"{line}\n" for line in lines).encode()
-        write_atomically(root / "ucfTrainTestlist" / f"{name}.txt", lambda file: file.write(text))
-    write_atomically(done, lambda file: file.write(json.dumps(settings).encode()))
+        text = "".join(f"{line}\n" for line in lines)
+        (part / "ucfTrainTestlist" / f"{name}.txt").write_text(text)
+    settings = {"version": version, "train": train, "test": test}
+    (part / "toy.json").write_text(json.dumps(settings))
+    part.rename(root)
 
 
-def encode_video(file, frames):
+def encode_video(path, frames):
     """uint8 (T, H, W, 3) -> MPEG-4 in an AVI container, as UCF101's files are."""
-    with av.open(file, "w", format="avi") as container:
+    with av.open(str(path), "w", format="avi") as container:
         options = {"qscale": "3", "threads": "1"}
         stream = container.add_stream("mpeg4", rate=25, options=options)
         stream.height, stream.width = frames.shape[1:3]
@@ -1216,88 +1142,35 @@ def encode_video(file, frames):
         container.mux(stream.encode())
 
 
-def write_atomically(path, write):
-    """Call write(file) on a new file that then takes the place of `path`, whole and on disk;
-    UserError if it cannot."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # which some network file systems refuse for folders
-            os.fsync(folder)
-        os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
-        raise UserError(f"{path} cannot be written, the old file is unchanged: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-# ==== Training: processes, BatchNorm, Batches, State, Meter, checkpoints ==========================
-# command, all_gather, BatchNorm, warm_up, autocast, Batches, State, Meter, read_checkpoint;
+# ==== Training: processes, Batches, State, checkpoints ============================================
+# command, all_gather, distribute, warm_up, autocast, Batches, State, read_checkpoint;
 # all of them work without torchrun, too
-class TrainingError(UserError):
-    """Training cannot continue: one line on stderr, exit status 1."""
-    status = 1
-
-
-def print0(*text):
-    """Print above the progress bar, in torchrun's first process only. Characters that the terminal
-    cannot encode, as a file's name may have, are escaped."""
-    if rank() == 0:
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        line = " ".join(map(str, text))
-        tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding))
-
-
-LOGGED_WARNINGS = []  # those since the last line of the log
-
-
 def command(main):
-    """Make main(argv=None) a command: mistakes and warnings are one line each, the exit status is
-    0, 1 or 2."""
+    """Make main(argv=None) a command: a UserError is one line on stderr and exit status 2, Ctrl-C
+    is one line and exit status 1."""
     script = os.path.basename(main.__code__.co_filename)
-
-    def complain(text):
-        print(f"{script}: {text}".replace("\n", " "), file=sys.stderr, flush=True)
-
-    def warn(message, *_):
-        LOGGED_WARNINGS.append(str(message))
-        if rank() == 0:
-            tqdm.write(f"warning: {message}".replace("\n", " "), file=sys.stderr)
 
     @functools.wraps(main)
     def run(argv=None):
-        LOGGED_WARNINGS.clear()  # of an earlier command in this process
-        status = 0
+        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
         try:
-            with warnings.catch_warnings():
-                warnings.showwarning = warn
-                main(argv)
-        except (UserError, PermissionError) as error:
-            status = getattr(error, "status", 2)
-            complain(error)
-        except torch.cuda.OutOfMemoryError as error:
-            status = 2
-            complain("out of GPU memory: try --checkpointing, or a smaller --batch or --size "
-                     f"({error})")
+            main(argv)
+        except UserError as error:
+            print(f"{script}: {error}", file=sys.stderr)
+            sys.exit(2)
         except KeyboardInterrupt:
-            status = 1
-            if rank() == 0:
-                complain(f"interrupted{State.saved_at}")
-        except SystemExit as end:  # of --help and --benchmark
-            status = end.code
-        if status:
-            raise SystemExit(status)
+            print(f"{script}: interrupted; the same command goes on from the last checkpoint",
+                  file=sys.stderr)
+            sys.exit(1)
         if dist.is_initialized():
             dist.destroy_process_group()
     return run
+
+
+def print0(*text):
+    """Print above the progress bar, in torchrun's first process only."""
+    if rank() == 0:
+        tqdm.write(" ".join(map(str, text)))
 
 
 def rank():
@@ -1306,6 +1179,11 @@ def rank():
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if world_size() > 1:
+        dist.barrier()
 
 
 def all_gather(z):
@@ -1324,36 +1202,10 @@ def all_gather(z):
     return torch.cat(rows)
 
 
-def gather_objects(value):
-    """Every process's value, in a list."""
-    values = [value] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def broadcast(value):
-    """The first process's value, on every process."""
-    box = [value]
-    if world_size() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
 def join_processes(device):
-    """Join torchrun's processes, if there are any. UserError if its variables are incomplete."""
-    needed = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
-    found = [name for name in needed if name in os.environ]
-    if not {"RANK", "WORLD_SIZE"} & set(found) or dist.is_initialized():
+    """Join torchrun's processes, if there are any."""
+    if "RANK" not in os.environ or dist.is_initialized():
         return
-    if found != needed:
-        raise UserError(f"the environment has {' and '.join(found)}, but not all of "
-                        f"{', '.join(needed)}: unset them, or use torchrun")
-    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
-    if nodes > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        # The nodes count restarts differently, and nothing else tells them the new start apart.
-        raise UserError("--max-restarts works on one node: leave it out, and give the same command "
-                        "again after a failure")
     store, place, size = next(dist.rendezvous("env://"))
     # After a restart the store still holds the addresses of the dead processes.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -1361,134 +1213,38 @@ def join_processes(device):
         "nccl" if device.type == "cuda" else "gloo", store=store, rank=place, world_size=size,
         # Processes wait for the slowest one's part of a pass over all videos, and for rank 0.
         timeout=timedelta(hours=2), device_id=device if device.type == "cuda" else None)
+    if place:
+        warnings.simplefilter("ignore")  # the first process tells them
 
 
-class BatchNorm(_BatchNorm):
-    """nn.BatchNorm1d to 3d whose training statistics are those of the clips of all processes, each
-    of which has equally many.
-
-    nn.SyncBatchNorm does the same, but only on GPUs, and the host waits for them: it leaves out
-    processes without clips. One process on a CPU, and compiled code of one process, use torch's own
-    operation."""
-
-    @classmethod
-    def convert(cls, module):
-        """Replace all of torch's BatchNorms inside a module, as convert_sync_batchnorm does; they
-        keep their parameters and buffers."""
-        for name, child in module.named_children():
-            if isinstance(child, _BatchNorm):
-                norm = cls(child.num_features, child.eps, child.momentum)
-                norm._parameters = child._parameters
-                norm._buffers = child._buffers
-                norm.train(child.training)
-                setattr(module, name, norm)
-            else:
-                cls.convert(child)
-
-    def _check_input_dim(self, x):
-        """As nn.SyncBatchNorm: any number of dimensions."""
-
-    def forward(self, x):
-        if not self.training or (world_size() == 1 and not has_kernels(x)):
-            return super().forward(x)
-        y, mean, var = NormaliseRows.apply(x, self.weight, self.bias, self.eps)
-        count = x.numel() // x.shape[1] * world_size()
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
-        return y
+def distribute(net, clips, args, device):
+    """The network to train, on all processes. net: a classifier or an Embedder, on the device.
+    clips: of a step, over all processes. UserError if torch's kernels cannot count so many."""
+    clips //= world_size()
+    # The largest activations: behind the stem and its pooling, where there is one.
+    if device.type == "cuda" and clips * 64 * args.frames * (args.size // 2) ** 2 > 2**31:
+        raise UserError(f"{clips} clips of {args.frames} x {args.size} x {args.size} a GPU are "
+                        "more than torch's kernels count, 2^31 elements: a smaller --batch, or "
+                        "more GPUs")
+    if world_size() > 1 and device.type == "cuda":
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    backbone = getattr(net, "backbone", net)
+    backbone.checkpointing = args.checkpointing
+    if args.compile:
+        # The blocks differ in shape, the steps do not: as many variants as there are blocks.
+        torch._dynamo.config.recompile_limit = 64
+        for block in backbone.list_blocks():
+            block.compile(dynamic=False)
+    return nn.parallel.DistributedDataParallel(net) if world_size() > 1 else net
 
 
-class NormaliseRows(torch.autograd.Function):
-    """BatchNorm in training over the rows of all processes: (N, C) or (N, C, T, H, W) -> the same,
-    mean and biased variance (C,).
-
-    The result is no view: an in-place ReLU behind a view makes autograd copy whole activations. On
-    GPUs these are the kernels of nn.SyncBatchNorm; elsewhere, and in compiled code, plain ones."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        x = channels_last(x)
-        y = torch.empty_like(x)
-        pieces = as_rows(x)
-        sums = torch.stack([row_sums(piece, weight.dtype, eps) for piece in pieces]).sum(0)
-        if world_size() > 1:
-            dist.all_reduce(sums)
-        ctx.count = x.numel() // x.shape[1] * world_size()
-        mean, square = sums / ctx.count
-        var = (square - mean.square()).clamp_min(0)
-        inverse_std = (var + eps).rsqrt()
-        mean, var, inverse_std = (t.to(weight.dtype) for t in (mean, var, inverse_std))
-        for piece, out in zip(pieces, as_rows(y)):
-            if has_kernels(x):
-                torch.batch_norm_elemt(piece, weight, bias, mean, inverse_std, eps, out=out)
-            else:
-                out.copy_(F.batch_norm(piece, mean, var, weight, bias, eps=eps))
-        ctx.eps = eps
-        ctx.save_for_backward(x, weight, mean, var, inverse_std)
-        ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
-
-    @staticmethod
-    def backward(ctx, dy, *_):
-        x, weight, mean, var, inverse_std = ctx.saved_tensors
-        plain = torch.ops.aten.native_batch_norm_backward  # at fixed mean and variance
-        fixed = (weight, mean, var, None, None, False, ctx.eps)
-        pieces = list(zip(as_rows(channels_last(dy)), as_rows(x)))
-        sums = 0  # of dy * x_hat, and of dy: the gradients of weight and bias
-        for d, piece in pieces:
-            if has_kernels(x):
-                *_, dweight, dbias = torch.batch_norm_backward_reduce(
-                    d, piece, mean, inverse_std, weight, True, True, True)
-            else:
-                _, dweight, dbias = plain(d, piece, *fixed, [False, True, True])
-            sums = sums + torch.stack([dweight, dbias])
-        dweight, dbias = sums
-        if world_size() > 1:
-            sums = sums.clone()
-            dist.all_reduce(sums)
-        by_x_hat, by_one = sums / ctx.count
-        dx = []
-        for d, piece in pieces:
-            if has_kernels(x):
-                one = torch.ones(1, dtype=torch.int32, device=x.device)
-                dx.append(torch.batch_norm_backward_elemt(
-                    d, piece, mean, inverse_std, weight, by_one, by_x_hat / inverse_std, one))
-            else:
-                slope = weight * inverse_std * by_x_hat * inverse_std
-                offset = weight * inverse_std * by_one - slope * mean
-                dx.append(plain(d, piece, *fixed, [True, False, False])[0])
-                dx[-1].addcmul_(piece, slope, value=-1).sub_(offset)
-        dx = dx[0] if len(dx) == 1 else torch.cat(dx)
-        return dx.view(x.movedim(1, -1).shape).movedim(-1, 1), dweight, dbias, None
+def seed_of(stage, seed):
+    """The seed of one stage's weights and draws. With one seed for all stages, both teachers would
+    share the same initialisation (Algorithm 1, line 6) and see the same crops."""
+    return int(rng(seed, *stage.encode()).integers(2**62))
 
 
-def has_kernels(x):
-    """Whether the kernels of nn.SyncBatchNorm can be called."""
-    return x.is_cuda and not torch.compiler.is_compiling()
-
-
-def channels_last(x):
-    return x.contiguous(memory_format=torch.channels_last_3d) if x.ndim == 5 else x.contiguous()
-
-
-LARGEST = 2**31 - 1  # elements: above, torch's BatchNorm copies its input in float32
-
-
-def as_rows(x):
-    """(N, C) or (N, C, T, H, W) in channels_last_3d -> views (rows, C), of at most LARGEST elements
-    each."""
-    return x.movedim(1, -1).view(-1, x.shape[1]).split(LARGEST // x.shape[1])
-
-
-def row_sums(x, dtype, eps):
-    """(rows, C) -> float64 (2, C), precise enough for the variance: sums of x and of x * x."""
-    if has_kernels(x):
-        mean, inverse_std = (t.double() for t in torch.batch_norm_stats(x, eps))
-        return len(x) * torch.stack([mean, inverse_std.pow(-2) - eps + mean.square()])
-    norm = torch.linalg.vector_norm(x, dim=0, dtype=dtype)  # float32 for bf16, too
-    return torch.stack([x.sum(0, dtype=dtype).double(), norm.double().square()])
+WEAK = dict(area=0.5, jitter=0.2, hue=0.05, jitter_prob=0.5, grey_prob=0.1)  # stages 2 and 3
 
 
 def warm_up(optimizer, lr, epoch, warmup):
@@ -1503,8 +1259,8 @@ def autocast(args, device):
 
 
 class Frames(Dataset):
-    """Item (key, i): (key, i, the frames of video i, how many the file has). Where they cannot be
-    decoded, the frames are a string, the reason.
+    """Item (key, ids): (key, i, frames, bad). i is the first of the ids whose video can be decoded,
+    bad is {id: reason} of those before it. If none can, frames is None.
 
     indices: a function from the count of frames and, unless it is None, the key to the indices of
     the frames."""
@@ -1515,19 +1271,15 @@ class Frames(Dataset):
         self.short_side = short_side
 
     def __getitem__(self, item):
-        key, i = item
-        count = 0
-
-        def indices(frames_in_file):
-            nonlocal count
-            count = frames_in_file
-            return self.indices(count) if key is None else self.indices(count, key=key)
-
-        try:
-            frames = decode_frames(self.videos.path(i), indices, self.short_side)
-        except DECODE_ERRORS as error:
-            frames = f"{type(error).__name__}: {error}"
-        return key, i, frames, count
+        key, ids = item
+        indices = self.indices if key is None else functools.partial(self.indices, key=key)
+        bad = {}
+        for i in ids:
+            try:
+                return key, i, decode_frames(self.videos.path(i), indices, self.short_side), bad
+            except DECODE_ERRORS as error:
+                bad[i] = f"{type(error).__name__}: {error}"
+        return key, ids[0], None, bad
 
     def loader(self, items, workers, device, ahead=2):
         """An iterator over the items, in order. Each worker decodes `ahead` of them in advance."""
@@ -1543,7 +1295,7 @@ def leave_ctrl_c_to_parent(_worker):
 
 def random_span(count, key, seed, frames, stride):
     """Indices of one clip at a random place of the video, drawn from (seed, key)."""
-    return clip_indices(count, frames, stride, draw(seed, *key).random())
+    return clip_indices(count, frames, stride, rng(seed, *key).random())
 
 
 # Videos that a batch draws from: their ids, and how many of them are in a batch, over all
@@ -1551,23 +1303,23 @@ def random_span(count, key, seed, frames, stride):
 # if not, an epoch is one pass over them, and its remainder is dropped.
 Pool = namedtuple("Pool", "ids batch cycle")
 
-# The frames of each video, uint8 (T, H, W, 3) on the device; its id; and its key (pool, epoch, id).
+# The frames of each video, uint8 (T, H, W, 3) on the device; its id; and its key (pool, lap, id).
 # The key and the seed determine all random draws for the video.
 Batch = namedtuple("Batch", "videos ids keys")
 
 
 @functools.lru_cache(maxsize=8)
-def shuffled(seed, pool, epoch, count):
-    return draw(seed, pool, epoch).permutation(count)
+def shuffled(seed, pool, lap, count):
+    return rng(seed, pool, lap).permutation(count)
 
 
 class Batches:
     """The videos of each training step. They depend only on (seed, epoch, step), so any number of
     workers gives the same videos, and a run that resumes needs no state.
 
-    frames: of each video. steps: of an epoch; by default one pass over the first pool. A video that
-    cannot be decoded is named, and another of its pool, which is not in the batch, replaces it and
-    reuses its random seed. UserError if over 10 % of a pool cannot be decoded."""
+    frames: of each video. steps: of an epoch; by default one pass over the first pool. In place of
+    a video that cannot be decoded comes the next of its pool, with its key. UserError if ten in a
+    row cannot, or if a batch is larger than the pool."""
 
     def __init__(self, videos, pools, frames, seed, args, device, steps=None):
         self.videos = videos
@@ -1576,8 +1328,7 @@ class Batches:
         self.workers = args.workers
         self.device = device
         self.unreadable = set()  # ids
-        self.replaced = 0  # unreadable videos of this process since Meter last read the number
-        self.short = 0  # the same for videos with fewer frames than `span`
+        self.replaced = 0  # unreadable videos of this process since State last read the number
         if steps is None:
             passes = len(pools[0].ids) / pools[0].batch
             steps = math.ceil(passes) if pools[0].cycle else int(passes)
@@ -1586,33 +1337,23 @@ class Batches:
         print0(f"{steps} steps an epoch")
         self.steps = steps
         self.share = sum(pool.batch for pool in pools) // world_size()
-        self.span = clip_span(frames, args.stride)
         indices = functools.partial(random_span, seed=seed, frames=frames, stride=args.stride)
         self.dataset = Frames(videos, indices, round(1.25 * args.size))
 
-    def keys(self, epoch, step):
-        """The keys of a step's videos on all processes, a list for each pool."""
-        groups = []
-        for k, pool in enumerate(self.pools):
-            count = len(pool.ids)
-            places = step * pool.batch + np.arange(pool.batch)
-            passes = np.full(pool.batch, epoch)
-            if pool.cycle:
-                passes, places = np.divmod(places + epoch * self.steps * pool.batch, count)
-            group = []
-            for number, place in zip(passes.tolist(), places):
-                order = shuffled(self.seed, k, number, count)
-                group.append((k, number, int(pool.ids[order[place]])))
-            groups.append(group)
-        return groups
-
     def items(self, first, last):
-        """This process's (key, id), from step to step: a consecutive part of each pool's."""
+        """This process's (key, [id and those that may replace it]) of the steps from `first` to
+        before `last`: a consecutive part of each pool's batch. A pool is one endless sequence of
+        laps, each in a new order."""
         for step in range(first, last):
-            for group in self.keys(*divmod(step, self.steps)):
-                share = len(group) // world_size()
-                for key in group[rank() * share:(rank() + 1) * share]:
-                    yield key, key[2]
+            for k, (ids, batch, cycle) in enumerate(self.pools):
+                length = len(ids) if cycle else self.steps * batch
+                share = batch // world_size()
+                start = step * batch + rank() * share
+                for p in range(start, start + share):
+                    lap, place = divmod(p, length)
+                    i = shuffled(self.seed, k, lap, len(ids))[place]
+                    ids_to_try = np.take(ids, range(i, i + 10), mode="wrap").tolist()
+                    yield (k, lap, ids_to_try[0]), ids_to_try
 
     def stream(self, first, last):
         """This process's Batch of each step from `first` to before `last`, counted from the run's
@@ -1620,52 +1361,22 @@ class Batches:
         ahead = max(2, math.ceil(2 * self.share / max(1, self.workers)))  # two batches
         loader = self.dataset.loader(self.items(first, last), self.workers, self.device, ahead)
         for step in range(first, last):
-            place = divmod(step, self.steps)
             batch = Batch([], [], [])
-            candidates = [self.substitutes(k, *place) for k in range(len(self.pools))]
-            for key, i, frames, count in itertools.islice(loader, self.share):
-                key = tuple(key)  # data loaders make lists of tuples
-                while isinstance(frames, str):
-                    self.note_unreadable(key, i, frames)
-                    i = next(candidates[key[0]], None)
-                    if i is None:
-                        raise UserError("too few videos can be decoded to fill a batch: choose a "
-                                        "smaller --batch")
-                    _, _, frames, count = self.dataset[key, i]
-                self.short += count < self.span
+            for key, i, frames, bad in itertools.islice(loader, self.share):
+                self.replaced += len(bad)
+                for j in bad.keys() - self.unreadable:
+                    self.unreadable.add(j)
+                    print(f"warning: {self.videos.path(j)}: {bad[j]}; another video replaces it",
+                          file=sys.stderr)
+                if frames is None:
+                    raise UserError(f"{self.videos.path(i)} and the next {len(bad) - 1} cannot be "
+                                    "decoded: repair or remove them")
                 batch.videos.append(frames.to(self.device, non_blocking=True))
                 batch.ids.append(i)
-                batch.keys.append(key)
-            torch.manual_seed(draw(self.seed, *place, rank()).integers(2**63))  # of dropout
+                batch.keys.append(tuple(key))  # data loaders make lists of tuples
+            place = divmod(step, self.steps)
+            torch.manual_seed(rng(self.seed, *place, rank()).integers(2**63))  # of dropout
             yield batch
-
-    def substitutes(self, pool, epoch, step):
-        """Videos that can replace unreadable ones, in a random order per step."""
-        group = self.keys(epoch, step)[pool]
-        ids, _, cycle = self.pools[pool]
-        in_use = set() if cycle else {key[2] for key in group}
-        candidates = [int(i) for i in ids if i not in in_use]
-        order = draw(self.seed, *group[0][:2], epoch, step, 1).permutation(len(candidates))
-        for k in order[rank()::world_size()]:
-            if candidates[k] not in self.unreadable:
-                yield candidates[k]
-
-    def note_unreadable(self, key, i, reason):
-        self.replaced += 1
-        if i not in self.unreadable:
-            self.unreadable.add(i)
-            tqdm.write(f"warning: {self.videos.path(i)}: {reason}; another video replaces it",
-                       file=sys.stderr)
-            check_unreadable(self.unreadable, self.pools[key[0]].ids, self.videos)
-
-
-def check_unreadable(unreadable, ids, videos):
-    """UserError if over 10 % of the videos `ids` are among the unreadable ones."""
-    bad = [videos.path(i) for i in ids if i in unreadable]
-    if len(bad) > 0.1 * len(ids):
-        names = ", ".join(bad[:5]) + ", ..." * (len(bad) > 5)
-        raise UserError(f"{len(bad)} of {len(ids)} videos cannot be decoded, more than 10 %: "
-                        f"repair or remove {names}")
 
 
 FREE_ARGUMENTS = {  # those that may change between a run and its continuation
@@ -1678,64 +1389,39 @@ RECALIBRATION = 30  # steps, but at most a tenth of the run
 
 
 class State:
-    """All that the checkpoint OUT/NAME.pt of a run holds. Where it exists, the run resumes.
+    """What the checkpoint OUT/NAME.pt of a run holds. Where it exists, the run resumes from it.
 
-    net: the module to train, with its initial weights: a classifier or an Embedder. batches: its
-    Batches. passed_on: what later stages need beside the weights."""
-    saved_at = ""  # where the same command resumes, for Ctrl-C
+    labeled: ids. passed_on: what later stages need beside the weights. modules: by their names in
+    the checkpoint, what has a state_dict: model, optimizer, scheduler and, in stage 1, head.
+    UserError if another command made the checkpoint."""
 
-    def __init__(self, stage, name, args, net, batches, device, labeled=(), passed_on={}):
-        self.name = name
+    def __init__(self, stage, args, batches, labeled=(), passed_on={}, **modules):
         self.args = args
-        self.path = Path(args.out) / f"{name}.pt"
+        self.batches = batches
+        self.modules = modules
+        self.path = Path(args.out) / f"{args.name}.pt"
         self.metadata = {
             "stage": stage,
             "arch": args.arch,
             "classes": batches.videos.classes,
-            "video_set": set_digest(batches.videos.names()),
-            "labeled": [batches.videos.name(i) for i in labeled],
+            "video_set": set_digest(batches.videos.names),
+            "labeled": [batches.videos.names[i] for i in labeled],
         }
         self.passed_on = dict(passed_on)
-        self.steps_per_epoch = batches.steps
         self.epoch = 0  # finished epochs
         self.step = 0  # finished steps of the current epoch
-        self.sums = {}  # of the numbers of these steps
+        self.sums = Counter()  # of the numbers of these steps, on the device
         self.log = [json.dumps(describe_command())]  # lines of OUT/NAME.log
         self.finished = False
-        State.saved_at = "; the same command starts from the beginning"
-
-        BatchNorm.convert(net)
-        net.to(device, memory_format=torch.channels_last_3d)
-        trained = [p for p in net.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, args.lr, betas=(0.9, 0.999),
-                                          fused=device.type == "cuda")
-        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, factor=0.5, patience=args.patience)
-        backbone = net.backbone if isinstance(net, Embedder) else net
-        self.modules = {"model": backbone, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        if isinstance(net, Embedder):
-            self.modules["head"] = net.head
-
-        if not args.benchmark and not args.restart and broadcast(self.path.exists()):
+        self.steps_in_run = args.epochs * batches.steps
+        self.recalibration = min(RECALIBRATION, self.steps_in_run // 10)
+        if self.path.exists() and not args.restart:
             self.resume()
-        if args.warmup >= args.epochs and not self.finished:
-            warnings.warn(f"--warmup {args.warmup} is not shorter than --epochs {args.epochs}: the "
-                          "learning rate stays low; give a smaller --warmup")
-        if args.compile:
-            # The blocks differ in shape, the steps do not: as many variants as there are blocks.
-            torch._dynamo.config.recompile_limit = 64
-            for block in backbone.list_blocks():
-                block.compile(dynamic=False)
-        backbone.checkpointing = args.checkpointing
-        self.net = nn.parallel.DistributedDataParallel(net) if world_size() > 1 else net
+        self.stream = batches.stream(self.steps_done(), self.steps_in_run)
 
     def resume(self):
-        """Go on from the checkpoint. UserError if another command made it."""
-        saved = read_checkpoint(self.path, with_optimizer=True)
-        if saved.get("stage") != self.metadata["stage"]:
-            raise UserError(f"{self.path} was not written by this stage: choose another --out, or "
-                            "--restart")
-        for key, value in {**vars(self.args), **self.metadata}.items():
+        saved = read_checkpoint(self.path, finished=False)
+        for key, value in {**self.metadata, **vars(self.args)}.items():
             before = saved.get(key, saved["args"].get(key))
             if key not in FREE_ARGUMENTS and before != value:
                 raise UserError(f"{self.path} was made with {key} {str(before)[:60]}, not "
@@ -1748,46 +1434,83 @@ class State:
             module.load_state_dict(saved[name])
         self.epoch = saved["epoch"]
         self.step = saved["step"]
-        self.sums = saved["sums"]
+        self.sums = Counter(saved["sums"])
         self.log = saved["log"]
         self.finished = saved["finished"] and self.epoch == self.args.epochs
-        if self.finished:
-            print0(f"{self.path} is finished ({self.epoch} epochs)")
-        else:
-            self.note_saved()
-            print0(f"resuming from {self.path} at epoch {self.epoch + 1}, step {self.step + 1}")
+        print0(f"{self.path}: " + ("finished" if self.finished else "resuming"),
+               f"at epoch {self.epoch}, step {self.step}")
 
     def steps_done(self):
-        return self.epoch * self.steps_per_epoch + self.step
+        return self.epoch * self.batches.steps + self.step
 
     def steps_left(self):
-        return self.args.epochs * self.steps_per_epoch - self.steps_done()
+        return self.steps_in_run - self.steps_done()
 
-    def update(self, loss):
-        """One training step. In the last steps of the run weights are frozen, while BatchNorm's
-        statistics settle (recalibration)."""
-        self.step += 1
-        frozen = min(RECALIBRATION, self.args.epochs * self.steps_per_epoch // 10)
-        if self.steps_left() >= frozen or self.args.benchmark:
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
+    def steps(self):
+        """The batches that are left of the current epoch. A bar shows the time left of the run."""
+        self.since = time.perf_counter()
+        with tqdm(total=self.steps_in_run, initial=self.steps_done(), leave=False,
+                  desc=f"{self.args.name}: epoch {self.epoch + 1}/{self.args.epochs}",
+                  disable=True if rank() else None) as bar:
+            while self.step < self.batches.steps:
+                begin = time.perf_counter()
+                batch = next(self.stream)
+                self.sums["waiting"] += time.perf_counter() - begin
+                self.step += 1
+                yield batch
+                bar.update()
 
-    def end_epoch(self, numbers):
-        """Print and log an epoch's numbers, then write the checkpoint."""
+    def add(self, clips, **terms):
+        """Note a step's number of clips and its loss terms, scalars. They stay on the device."""
+        self.sums["clips"] += clips
+        for name, term in terms.items():
+            self.sums[name] += term.detach().double()
+
+    def read_sums(self):
+        """Average the sums over the processes, as numbers. Stops the run if one is not finite."""
+        self.sums["seconds"] += time.perf_counter() - self.since
+        self.since = time.perf_counter()
+        self.sums["unreadable"] += self.batches.replaced
+        self.batches.replaced = 0
+        device = self.batches.device
+        values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device)
+                              for value in self.sums.values()])
+        if world_size() > 1:
+            dist.all_reduce(values)
+            values /= world_size()
+        self.sums = Counter(dict(zip(self.sums, values.tolist())))
+        if not values.isfinite().all():
+            sys.exit(f"a loss is not finite in epoch {self.epoch + 1}: try a smaller --lr, or "
+                     f"--precision fp32; {self.path} is unchanged")
+
+    def end_epoch(self):
+        """Print and log the means of an epoch's numbers -> those of the loss terms."""
+        self.read_sums()
+        clips, waiting, seconds, unreadable = (
+            self.sums.pop(name) for name in ("clips", "waiting", "seconds", "unreadable"))
+        means = {name: value / self.step for name, value in self.sums.items()}
         self.epoch += 1
         self.step = 0
-        self.sums = {}
-        line = {"epoch": self.epoch, **{key: round(x, 6) for key, x in numbers.items()}}
-        print0(f"{self.name}:", ", ".join(f"{key} {value:.4g}" for key, value in line.items()))
-        if LOGGED_WARNINGS:
-            line["warnings"] = LOGGED_WARNINGS.copy()
-            LOGGED_WARNINGS.clear()
+        self.sums = Counter()
+        line = {
+            "epoch": self.epoch,
+            **{name: round(value, 6) for name, value in means.items()},
+            "lr": self.modules["optimizer"].param_groups[0]["lr"],
+            "seconds": round(seconds, 2),
+            "clips_per_s": round(clips * world_size() / seconds, 2),
+            "waiting_share": round(waiting / seconds, 4),
+            "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            "unreadable": round(unreadable * world_size()),
+        }
+        print0(f"{self.args.name}:", ", ".join(f"{k} {v:.4g}" for k, v in line.items()))
         self.log.append(json.dumps(line))
-        self.save()
+        write_text(self.path.with_suffix(".log"), "\n".join(self.log) + "\n")
+        return means
 
     def save(self):
-        """Write the checkpoint, then the log."""
+        """Write the checkpoint."""
+        if self.step:
+            self.read_sums()
         if rank() == 0:
             content = {
                 **self.metadata,
@@ -1795,273 +1518,94 @@ class State:
                 "args": vars(self.args),
                 "epoch": self.epoch,
                 "step": self.step,
-                "sums": self.sums,
+                "sums": dict(self.sums),
                 "log": self.log,
                 "finished": self.finished,
                 **{name: module.state_dict() for name, module in self.modules.items()},
             }
             write_atomically(self.path, lambda file: torch.save(content, file))
-        text = "".join(f"{line}\n" for line in self.log)
-        write_bytes(self.path.with_suffix(".log"), text.encode())
-        broadcast(None)  # the other processes wait for it
-        self.note_saved()
+        barrier()
 
-    def note_saved(self):
-        State.saved_at = (f"; the same command resumes from {self.path} at epoch {self.epoch + 1}, "
-                          f"step {self.step + 1}")
-
-    def finish(self, passed_on={}):
+    def finish(self, **passed_on):
         """Write the checkpoint that the next stage reads, with what else it needs."""
         self.passed_on |= passed_on
         self.finished = True
         self.save()
-        State.saved_at = ""
         print0(f"wrote {self.path}")
 
 
 def describe_command():
     """The first line of a log: the command, the commit of this code, versions."""
+    git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     commit = None
-    if shutil.which("git"):
-        git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):  # without git
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     versions = {module.__name__: module.__version__ for module in (torch, torchvision, av, np)}
     return {"command": " ".join(sys.argv), "commit": commit, **versions}
 
 
-READ_EVERY = 10  # steps: reading the numbers makes the host wait for the GPU
-WARM_UP_STEPS = 5  # of --benchmark
+def write_atomically(path, write):
+    """Call write(file) on a new file that then takes the place of `path`, whole and on disk;
+    UserError if it cannot."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # which some network file systems refuse for folders
+            os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path} cannot be written, the old file is unchanged: {error}") from error
 
 
-class Meter:
-    """Reads, checks, shows and averages the numbers of the steps. Holds nothing that is saved: the
-    sums over an epoch are in state.sums."""
-
-    def __init__(self, state, batches):
-        self.state = state
-        self.batches = batches
-        self.args = state.args
-        steps = state.steps_left()
-        if self.args.benchmark:
-            steps = WARM_UP_STEPS + self.args.benchmark
-        self.stream = batches.stream(state.steps_done(), state.steps_done() + steps)
-        self.reset()
-
-    def reset(self):
-        self.since = time.perf_counter()
-        self.waiting = 0.0  # seconds, for data
-        self.clips = 0
-        self.unread = []  # of each step since the last reading its numbers, a tensor
-
-    def next_batch(self):
-        begin = time.perf_counter()
-        batch = next(self.stream)
-        self.waiting += time.perf_counter() - begin
-        return batch
-
-    def steps(self, epoch):
-        """The batches that are left of an epoch. Writes the checkpoint every --save-every steps."""
-        if self.args.benchmark:
-            yield from self.benchmark(self.args.benchmark)
-        state = self.state
-        self.reset()
-        # Of the whole run, so that it shows the time that is left.
-        with tqdm(total=self.args.epochs * self.batches.steps, initial=state.steps_done(),
-                  leave=False, desc=f"{state.name}: epoch {epoch + 1}/{self.args.epochs}",
-                  disable=True if rank() else None) as self.bar:
-            while state.step < self.batches.steps:
-                yield self.next_batch()
-                self.bar.update()
-                to_save = state.step % self.args.save_every == 0
-                if to_save or state.step % READ_EVERY == 0 or state.step == self.batches.steps:
-                    self.read()
-                if to_save and state.step < self.batches.steps:
-                    state.save()
-
-    def add(self, clips, **terms):
-        """Note a step's number of clips and its loss terms, scalars."""
-        self.names = list(terms)
-        self.unread.append(torch.stack([term.detach().float() for term in terms.values()]))
-        self.clips += clips
-
-    def read(self):
-        """Add the numbers of the steps since the last reading to the sums. TrainingError if one is
-        not finite."""
-        state = self.state
-        device = self.unread[0].device
-        counts = torch.tensor([self.clips, self.waiting, self.batches.short, self.batches.replaced],
-                              device=device)
-        values = torch.cat([*self.unread, counts])
-        if world_size() > 1:
-            dist.all_reduce(values)
-        values = values.tolist()  # one transfer
-        counts = dict(zip(["clips", "waiting", "short", "unreadable"], values[-4:]))
-        counts["seconds"] = time.perf_counter() - self.since
-        steps = len(self.unread)
-        self.reset()
-        self.batches.short = self.batches.replaced = 0
-        for k in range(steps):  # one after the other: the sums do not depend on when they are read
-            for name, value in zip(self.names, values[k * len(self.names):]):
-                state.sums[name] = state.sums.get(name, 0.0) + value / world_size()
-        for name, value in counts.items():
-            state.sums[name] = state.sums.get(name, 0) + value
-        if not all(map(math.isfinite, state.sums.values())):
-            raise TrainingError(
-                f"a loss is not finite in epoch {state.epoch + 1}, steps {state.step - steps + 1} "
-                f"to {state.step}: try a smaller --lr or --precision fp32; {state.path} is "
-                "unchanged")
-        self.bar.set_postfix({name: f"{state.sums[name] / state.step:.3f}" for name in self.names},
-                             refresh=False)
-
-    def means(self):
-        """The numbers of the epoch that ends: means of the loss terms, learning rate, speed."""
-        sums = self.state.sums
-        unreadable = set().union(*gather_objects(self.batches.unreadable))
-        if unreadable:
-            names = sorted(map(self.batches.videos.name, unreadable))
-            print0("cannot be decoded:", ", ".join(names))
-        videos = self.state.step * self.batches.share * world_size()
-        if self.state.epoch == 0 and sums["short"] > videos / 2:
-            warnings.warn(f"{sums['short']:.0f} of {videos} videos have fewer frames than the "
-                          f"{self.batches.span} that a step takes of each, so they are played in "
-                          "slow motion: give smaller --frames, --stride or --clips")
-        return {
-            **{name: sums[name] / self.state.step for name in self.names},
-            "lr": self.state.optimizer.param_groups[0]["lr"],
-            "seconds": sums["seconds"],
-            "clips_per_s": sums["clips"] / sums["seconds"],
-            "waiting_share": sums["waiting"] / world_size() / sums["seconds"],
-            "memory_gib": peak_memory(self.batches.device),
-            "unreadable": int(sums["unreadable"]),
-            "short": int(sums["short"]),
-        }
-
-    def benchmark(self, count):
-        """The steps of --benchmark; then their numbers as a JSON line, and the end."""
-        print0(f"benchmark: {WARM_UP_STEPS} steps of warm-up, then {count}")
-        for _ in range(WARM_UP_STEPS):
-            yield self.next_batch()
-        self.unread[-1].tolist()  # waits for the GPU
-        if self.batches.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        self.reset()
-        for _ in range(count):
-            batch = self.next_batch()
-            yield batch
-        self.unread[-1].tolist()
-        seconds = time.perf_counter() - self.since
-        keys = batch.keys[:16]
-        begin = time.perf_counter()
-        for key in keys:
-            self.batches.dataset[key, key[2]]
-        numbers = {
-            "videos_per_s": count * self.batches.share * world_size() / seconds,
-            "ms_per_step": 1000 * seconds / count,
-            "waiting_share": self.waiting / seconds,
-            "decode_ms_per_video": 1000 * (time.perf_counter() - begin) / len(keys),
-            "memory_gib": peak_memory(self.batches.device),
-        }
-        print0(json.dumps({name: float(f"{value:.4g}") for name, value in numbers.items()}))
-        raise SystemExit
-
-
-def beside_chance(means, levels, state):
-    """The means of an epoch, each loss of `levels` and its value at chance: that of a network to
-    which all clips look alike, the logarithm of the number of candidates. A warning if the run ends
-    within 5 % of it."""
-    numbers = {}
-    for name, value in means.items():
-        numbers[name] = value
-        if name in levels:
-            numbers[f"{name}_chance"] = levels[name]
-            if not state.steps_left() and value > 0.95 * levels[name]:
-                warnings.warn(f"{name} {value:.3f} is still at chance ({levels[name]:.3f}) after "
-                              f"{state.steps_done()} steps; on real videos this can last some "
-                              "thousand steps: more --epochs, or a smaller --batch")
-    return numbers
-
-
-def peak_memory(device):
-    """The most that this process has held so far, in GiB: on the GPU, or of the CPU's memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def write_bytes(path, content):
-    """write_atomically for bytes, in the first process only."""
+def write_text(path, text):
+    """write_atomically for text, in the first process only."""
     if rank() == 0:
-        write_atomically(path, lambda file: file.write(content))
+        write_atomically(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
-def read_checkpoint(path, stages=None, with_optimizer=False):
-    """What torch.save has written to a file: a dict, tensors on the CPU, the same on every rank. No
-    code of it runs.
+def read_checkpoint(path, folder="", stages=(), finished=True):
+    """What torch.save has written to a file: a dict, tensors on the CPU. No code of it runs.
 
-    stages: those that may have written it, to its end (None: another program). UserError if
-    another one has, or if it is damaged or unfinished."""
-    saved = error = None
-    if rank() == 0:
-        try:
-            # Mapped, what nobody uses is never read: the optimiser is two thirds of a checkpoint.
-            mapped = not with_optimizer and zipfile.is_zipfile(path)
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except FileNotFoundError:
-            error = f"{path}: no such checkpoint{written_by(path)}"
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError,
-                pickle.UnpicklingError) as e:
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0][:120]
-            error = f"{path}: damaged, or no file of tensors ({reason}){written_by(path)}"
-        if error is None and not isinstance(saved, dict):
-            error = f"{path}: not a checkpoint"
-        if error is None and not with_optimizer:
-            saved.pop("optimizer", None)
-    saved, error = broadcast((saved, error))
-    if error:
-        raise UserError(error)
+    path: a file name is looked up in `folder`. stages: those that may have written it (None:
+    another program). UserError if it is damaged, of another stage, or unfinished but should not
+    be."""
+    if not os.path.dirname(path):
+        path = os.path.join(folder, path)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise UserError(f"{path}: damaged, or no file of tensors ({reason})") from None
+    if not isinstance(saved, dict):
+        raise UserError(f"{path}: not a checkpoint")
     stage = saved.get("stage")
     if stages and stage not in stages:
-        wanted = " or ".join(SCRIPTS[s] for s in stages if s)
-        raise UserError(f"{path}: found a checkpoint of {SCRIPTS.get(stage, 'another program')}, "
-                        f"expected one of {wanted}")
-    if stages and stage and not saved["finished"]:
-        raise UserError(f"{path}: unfinished (epoch {saved['epoch']} of {saved['args']['epochs']});"
-                        f" the same command of {SCRIPTS[stage]} resumes")
+        raise UserError(f"{path}: found a checkpoint of {stage or 'another program'}, expected one "
+                        f"of {' or '.join(filter(None, stages))}")
+    if stage and finished and not saved["finished"]:
+        raise UserError(f"{path}: unfinished (epoch {saved['epoch']} of {saved['args']['epochs']}),"
+                        " the command that began it goes on")
     return saved
-
-
-SCRIPTS = {"pretrain_inv": "pretrain_inv.py", "pretrain_dist": "pretrain_dist.py",
-           "finetune": "finetune.py", "student": "train_student.py"}  # by stage
-WRITERS = {
-    "inv.pt": "pretrain_inv.py",
-    "dist.pt": "pretrain_dist.py",
-    "both.pt": "pretrain_dist.py --invariant-weight 1",
-    "inv_ft.pt": "finetune.py --init inv.pt",
-    "dist_ft.pt": "finetune.py --init dist.pt",
-    "labeled_only.pt": "finetune.py --init none",
-    "student.pt": "train_student.py",
-}
-
-
-def written_by(path):
-    """The end of an error: the command that writes a checkpoint of this name."""
-    name = os.path.basename(path)
-    return f"; {WRITERS[name]} writes it" if name in WRITERS else ""
-
-
-def find_checkpoint(name, folder):
-    """The path of a checkpoint: `name` itself if it has a folder, else that file in `folder`."""
-    return name if os.path.dirname(name) else os.path.join(folder, name)
 
 
 def start_from(model, path, saved):
     """Give a model the weights of a checkpoint's content, all but the classifier's."""
     try:
-        taken, left = load_backbone(model, saved)
+        load_backbone(model, saved)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    print0(f"loaded {taken} tensors from {path}, ignored {left}")
+    print0(f"initial weights from {path}")
 
 
 def load_classifier(saved, device):
@@ -2072,8 +1616,7 @@ def load_classifier(saved, device):
 
 
 # ==== Passes over videos, and arguments ===========================================================
-# training_videos, labeled_and_all_videos, measure_similarity, video_similarity, Parser,
-# shared_arguments, recipe, start, settle
+# training_videos, labeled_and_all_videos, matrices_for_tstr, compare_clips, recipe, start
 def training_videos(args):
     """The training videos of --data, all labels hidden."""
     videos = read_training_videos(args)
@@ -2085,19 +1628,21 @@ def labeled_and_all_videos(args, teachers={}):
     """Sorted ids of the labelled videos, and all training videos, with no label but theirs.
 
     teachers: {name: content} of the checkpoints that were fine-tuned on them; without any, the
-    labelled videos are drawn, or read from --labeled-list, and written to OUT/labeled.txt."""
+    labelled videos are drawn, or read from --labeled-list."""
     videos = read_training_videos(args)
     if teachers:
         labeled = find_labeled(videos, teachers)
     elif args.labeled_list:
         labeled = read_labeled_list(args.labeled_list, videos)
     else:
-        labeled = labeled_subset(videos.names(), videos.labels, args.percent, args.subset_seed)
+        labeled = labeled_subset(videos.names, videos.labels, args.percent, args.subset_seed)
     if not len(labeled):
         raise UserError(f"{videos.folder}: no video has a class, so none can have a label")
     videos.mask_labels(keep=labeled)
-    if not teachers:
-        report_labeled(videos, labeled, args.out)
+    counts = np.bincount(videos.labels[labeled], minlength=len(videos.classes))
+    digest = set_digest([videos.names[i] for i in labeled])
+    print0(f"{len(labeled)} of {len(videos)} training videos have a label: {counts.min()} to "
+           f"{counts.max()} in each of {len(counts)} classes, set {digest}")
     return labeled, videos
 
 
@@ -2106,7 +1651,7 @@ def read_training_videos(args):
     if args.data == "toy":
         if rank() == 0:
             render_toy(args.root)
-        broadcast(None)  # the other processes wait for it
+        barrier()
     videos = read_videos(args.data, args.root, True, args.split, args.pool)
     print0(f"{len(videos)} training videos of {len(videos.classes)} classes in {videos.folder}")
     return videos
@@ -2119,24 +1664,11 @@ def find_labeled(videos, teachers):
         if saved["classes"] != videos.classes or saved["labeled"] != names:
             raise UserError(f"{path} was fine-tuned on different labelled videos, or for other "
                             "classes")
-    ids = {name: i for i, name in enumerate(videos.names())}
+    ids = {name: i for i, name in enumerate(videos.names)}
     if absent := [name for name in names if name not in ids]:
         raise UserError(f"{videos.folder}: without {len(absent)} of the teachers' labelled videos, "
                         f"such as {absent[0]}")
     return np.array([ids[name] for name in names])
-
-
-def report_labeled(videos, labeled, out):
-    """Print how many labelled videos there are, and write their names and labels to a file."""
-    names = [videos.name(i) for i in labeled]
-    counts = np.bincount(videos.labels[labeled], minlength=len(videos.classes))
-    print0(f"{len(labeled)} of {len(videos)} training videos have a label: {counts.min()} to "
-           f"{counts.max()} in each of {len(counts)} classes, set {set_digest(names)}")
-    if not counts.all():
-        without = [videos.classes[c] for c in np.flatnonzero(counts == 0)]
-        warnings.warn("no labelled video of " + ", ".join(without))
-    rows = [f"{name} {label}\n" for name, label in zip(names, videos.labels[labeled])]
-    write_bytes(Path(out) / "labeled.txt", os.fsencode("".join(rows)))
 
 
 @torch.no_grad()
@@ -2147,19 +1679,19 @@ def map_videos(function, videos, indices, group_size, size, workers, device, tit
 
     function: a list of up to `group_size` uint8 (T, H, W, 3) on the device -> a tensor with a
     row for each. size: of the network's input. show(id, row) is called for each of this process's
-    videos as soon as it is done. Returns {id: row} and, of those that cannot be decoded,
-    {id: reason}."""
+    videos as soon as it is done; row is None if the video cannot be decoded. Returns {id: row} of
+    all others."""
     ids = range(rank(), len(videos), world_size())
     dataset = Frames(videos, indices, round(1.25 * size))
-    items = dataset.loader([(None, i) for i in ids], workers, device)
-    bar = tqdm(items, desc=title, total=len(ids), leave=False, disable=True if rank() else None)
+    items = dataset.loader([(None, [i]) for i in ids], workers, device)
     rows = {}
-    unreadable = {}
     group = {}
-    for _, i, frames, _ in bar:
-        if isinstance(frames, str):
-            unreadable[i] = frames
-            tqdm.write(f"warning: {videos.path(i)}: {frames}", file=sys.stderr)
+    for _, i, frames, bad in tqdm(items, desc=title, total=len(ids), leave=False,
+                                  disable=True if rank() else None):
+        if frames is None:
+            tqdm.write(f"warning: {videos.path(i)}: {bad[i]}", file=sys.stderr)
+            if show:
+                show(i, None)
         else:
             group[i] = frames.to(device, non_blocking=True)
         if group and (len(group) == group_size or i == ids[-1]):
@@ -2168,31 +1700,32 @@ def map_videos(function, videos, indices, group_size, size, workers, device, tit
                 show(*each)
             rows |= new
             group = {}
-    # One tensor per process: pickling a row for each of 240,000 videos takes half a minute.
-    stacked = torch.stack(list(rows.values())) if rows else ()
-    for numbers, values, reasons in gather_objects((list(rows), stacked, unreadable)):
-        rows.update(zip(numbers, values))
-        unreadable.update(reasons)
-    return dict(sorted(rows.items())), dict(sorted(unreadable.items()))
+    if world_size() > 1:
+        # One tensor per process: pickling a row for each of 240,000 videos takes half a minute.
+        everyone = [None] * world_size()
+        dist.all_gather_object(everyone, (list(rows), torch.stack(list(rows.values()))))
+        rows = {i: row for numbers, values in everyone for i, row in zip(numbers, values)}
+    return dict(sorted(rows.items()))
 
 
-def measure_similarity(embedder, videos, args, device):
-    """What stage 1 passes on to stage 3: video_similarity of the training videos.
-    UserError if over 10 % of them cannot be decoded."""
-    rows, unreadable = video_similarity(embedder, videos, args, device)
-    check_unreadable(unreadable, range(len(videos)), videos)
+def matrices_for_tstr(embedder, videos, args, device):
+    """What stage 1 passes on to stage 3: C of the training videos, by compare_clips."""
+    if world_size() > 1:
+        for buffer in embedder.buffers():  # on CPUs each process has its own BatchNorm statistics
+            dist.broadcast(buffer, 0)
+    rows = compare_clips(embedder, videos, args, device)
+    if len(rows) < len(videos):
+        print0(f"{len(videos) - len(rows)} videos cannot be decoded: they get s = 0.5")
     return {
-        "similarity_names": [videos.name(i) for i in rows],
+        "similarity_names": [videos.names[i] for i in rows],
         "similarity": torch.stack(list(rows.values())),
         "similarity_clips": [args.clips, args.frames, args.stride],
     }
 
 
-def video_similarity(embedder, videos, args, device):
-    """C of Eq. 5 of each video by a network of stage 1, before fine-tuning (Algorithm 1, line 16),
-    from args.clips consecutive clips in its middle, centre crop, eval mode.
-
-    Returns {id: (n, n)} and {id: reason} as map_videos does."""
+def compare_clips(embedder, videos, args, device):
+    """C of Eq. 5 of each video, {id: (n, n)}, by a network of stage 1 before fine-tuning (Algorithm
+    1, line 16), from args.clips consecutive clips in its middle, centre crop, eval mode."""
     def similarity(frames):
         clips = []
         for video in frames:
@@ -2209,28 +1742,9 @@ def video_similarity(embedder, videos, args, device):
                       "similarity")
 
 
-def paired_similarity(teachers):
-    """The videos of which both teachers' checkpoints hold C of Eq. 5: names, and both C, (N, n, n).
-
-    teachers: {name: content} of two. UserError if one holds none, or for another n."""
-    for name, saved in teachers.items():
-        if "similarity" not in saved:
-            raise UserError(f"{name} has no similarity from stage 1, which TSTR needs: "
-                            "--reweight mean or a number")
-    first, second = teachers.values()
-    n_first, n_second = first["similarity"].shape[1], second["similarity"].shape[1]
-    if n_first != n_second:
-        raise UserError(f"{' and '.join(teachers)} come from stage 1 with --clips {n_first} and "
-                        f"{n_second}, TSTR needs the same: repeat one, or --reweight mean")
-    rows = {name: k for k, name in enumerate(second["similarity_names"])}
-    shared = {name: k for k, name in enumerate(first["similarity_names"]) if name in rows}
-    c_first = first["similarity"][list(shared.values())]
-    return list(shared), c_first, second["similarity"][[rows[name] for name in shared]]
-
-
-def recipe(data, stage, videos=math.inf, batch=None):
+def recipe(data, stage):
     """The default settings of a stage, by the name in its checkpoint: the paper's, and others for
-    toy and for small folders, of `videos` training videos, `batch` of them a step.
+    toy.
 
     The paper names no batch and no epochs of fine-tuning: these are from the authors' code."""
     ssl = stage.startswith("pretrain")
@@ -2251,7 +1765,6 @@ def recipe(data, stage, videos=math.inf, batch=None):
         "lr": 1e-3,
         "warmup": 10,
         "patience": 5,
-        "precision": None,  # by the hardware
         "out": f"runs/{data}",
     }
     if data == "toy":
@@ -2264,61 +1777,43 @@ def recipe(data, stage, videos=math.inf, batch=None):
             "batch": 10 if ssl else 16,
             "lr": 3e-3 if ssl else 1e-3,
             "warmup": 2,
+            "patience": 25,  # an epoch has few steps
             "precision": "fp32",  # measured faster than bf16 on a CPU with AMX, at this size
         }
-    small_folder = data == "folder" and videos < 1000
-    if small_folder and ssl:
-        # The paper's 250 epochs are 60,000 steps of UCF101, but 1,000 of 160 videos.
-        settings["batch"] = batch or 8
-        steps = max(1, videos // settings["batch"])
-        settings["epochs"] = max(settings["epochs"], 5000 // steps)
-    if data == "toy" or small_folder:  # an epoch has few steps
-        settings["patience"] = 25
-    if small_folder and stage == "finetune":
-        settings["lr"] = 3e-4
     return settings
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is a UserError, so one line, and --help shows each known default."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is, and the default of each flag that has one."""
 
-    class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter,
-                        argparse.RawDescriptionHelpFormatter):
-        def _get_help_string(self, action):
-            unknown = action.default is None or action.default is False
-            if unknown or "(default" in action.help:
-                return action.help
-            return super()._get_help_string(action)
-
-    def __init__(self, description, parents):
-        super().__init__(description=description, parents=parents,
-                         formatter_class=self.HelpFormatter)
-
-    def error(self, message):
-        raise UserError(f"{message} (--help lists the flags)")
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default else action.help
 
 
-def machine_arguments():
-    """The flags of all five scripts."""
-    parser = argparse.ArgumentParser(add_help=False)
+def new_parser(description):
+    """With the flags of all five scripts. A mistake is one line: no usage before it."""
+    on_linux = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count()
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter,
+                                     usage=argparse.SUPPRESS)
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--workers", type=ranged(int, 0),
-                         help="processes that decode videos (default: one per core but one, at "
-                         "most 16)")
-    machine.add_argument("--device", choices=("cpu", "cuda"),
-                         help="where to compute (default: cuda if there is a GPU)")
+    machine.add_argument("--workers", type=ranged(int, 0), default=min(16, max(1, cores - 1)),
+                         help="processes that decode videos")
+    machine.add_argument("--device", choices=("cpu", "cuda"), help="where to compute",
+                         default="cuda" if torch.cuda.is_available() else "cpu")
     machine.add_argument("--precision", choices=("bf16", "fp32"),
                          help="bf16 autocast or float32 (default: bf16 if the hardware has it; to "
                          "train on toy: fp32)")
     return parser
 
 
-def shared_arguments(stage):
-    """The flags of all training stages. Their defaults come from recipe()."""
+def stage_parser(stage, description):
+    """The flags of all training stages. Those without a default here get one by recipe()."""
     ssl = stage.startswith("pretrain")
     count = ranged(int, 1)
     from_0 = ranged(int, 0)
-    parser = argparse.ArgumentParser(add_help=False, parents=[machine_arguments()])
+    parser = new_parser(description)
     data = parser.add_argument_group("data")
     data.add_argument("--data", choices=TREES, help="data set; toy is rendered if it is missing")
     data.add_argument("--root", metavar="DIR", help="folder of the data set")
@@ -2363,7 +1858,7 @@ def shared_arguments(stage):
     run.add_argument("--seed", type=from_0, default=0,
                      help="seed of initial weights, order of videos and augmentation")
     run.add_argument("--save-every", type=count, default=500, metavar="STEPS",
-                     help="steps between two checkpoints inside an epoch")
+                     help="steps between two checkpoints")
     run.add_argument("--restart", action="store_true",
                      help="start from scratch, even if there is a checkpoint")
     run.add_argument("--checkpointing", action="store_true",
@@ -2371,113 +1866,92 @@ def shared_arguments(stage):
                      "more time")
     run.add_argument("--compile", action="store_true",
                      help="torch.compile: slow to start, then faster on GPUs")
-    run.add_argument("--benchmark", type=count, metavar="N",
-                     help="time N steps, print the result and write nothing")
     return parser
 
 
-def start(parser, stage, argv):
-    """Parse the flags, with the defaults of --data's recipe, and join torchrun's processes ->
-    args, device. parser.given: the flags that were given."""
+# What stages 2 and 3 take from the checkpoints they read, if no flag says otherwise.
+INHERITED = {"finetune": ("data", "root", "split", "pool", "arch", "size")}
+INHERITED["student"] = (*INHERITED["finetune"], "frames", "stride", "percent", "labeled_list",
+                        "subset_seed")
+
+
+def start(parser, stage, argv, earlier=None):
+    """Parse the flags and join torchrun's processes -> args, device and {name: content} of the
+    checkpoints from which the stage starts.
+
+    A setting is what its flag says, else what these checkpoints say, else the recipe of --data.
+    earlier: from the flags and OUT to the checkpoints' names, their folder and the stages that may
+    have written them. UserError if a flag contradicts a checkpoint where that cannot work."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
-    first_look = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
-    parser.given = {k: v for k, v in vars(first_look).items() if v is not None and v is not False}
-    defaults = recipe(first_look.data or "toy", stage)
-    parser.set_defaults(**{k: v for k, v in defaults.items() if k in first_look})
-    args = parser.parse_args(argv)  # --help ends here
-    return args, prepare(args)
-
-
-def prepare(args):
-    """Choose the device and the number of workers, and join torchrun's processes -> device."""
-    if hasattr(ctypes.CDLL(None), "mallopt"):
-        # glibc returns large blocks and faults them in again in every step: it should keep them.
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device("cpu")
-    if args.device == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"--device cuda: {torch.cuda.device_count()} GPUs here for "
-                            f"{local_rank + 1} processes or more")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    if args.workers is None:
-        on_linux = hasattr(os, "sched_getaffinity")
-        cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count()
-        cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = min(16, max(1, cores - 1))  # on two cores, two were measured 10 % slower
-    join_processes(device)
-    return device
-
-
-def settle(parser, stage, args, checkpoints={}, inherited=()):
-    """Complete the settings and print them: what was given by a flag, else what the checkpoints
-    say, else the recipe. UserError if a flag contradicts a checkpoint.
-
-    checkpoints: {path: content}, of which the arguments `inherited` are taken."""
+    words = [word for word in argv if word not in ("-h", "--help")]
+    args = parser.parse_args(words)
+    device = prepare(args)
+    defaults = recipe(args.data or "toy", stage)
+    out = args.out or defaults["out"]
+    checkpoints = {}
+    if earlier and words == argv:
+        names, folder, stages = earlier(args, out)
+        for name in names:
+            if name != "none":
+                checkpoints[name] = read_checkpoint(name, folder, stages)
     taken = {}
-    for path, saved in checkpoints.items():
-        for key in inherited if saved and saved.get("stage") else ():
-            value = saved["args"][key]
-            other = parser.given.get(key, taken.get(key, value))
-            if other != value and key != "root":  # the videos may have moved
-                raise UserError(f"{flag(key)} {other} contradicts {path}, made with {value}")
-            taken[key] = value
-    if taken:
-        print0("from", ", ".join(checkpoints) + ":", as_flags(taken))
-    given = taken | parser.given
-    settings = recipe(given.get("data", "toy"), stage)
-    if settings["data"] == "folder":
-        videos = read_videos("folder", given.get("root", settings["root"]), train=True)
-        settings = recipe("folder", stage, len(videos), given.get("batch"))
-    for key, value in (settings | given).items():
-        if key in args and key != "out":
-            setattr(args, key, value)
+    for saved in checkpoints.values():
+        if saved.get("stage"):
+            taken |= {key: saved["args"][key] for key in INHERITED[stage] if key in saved["args"]}
+    defaults = recipe(args.data or taken.get("data", "toy"), stage) | taken | {"out": out}
+    parser.set_defaults(**{key: value for key, value in defaults.items() if key in args})
+    args = parser.parse_args(argv)  # --help ends here
+    args.precision = args.precision or default_precision(args.device)
     if getattr(args, "labeled_list", None):
         args.percent = None
-    args.precision = args.precision or default_precision(args.device)
+
+    for name, saved in checkpoints.items():
+        for key, value in saved["args"].items() if saved.get("stage") else ():
+            if key in INHERITED[stage] and getattr(args, key) != value:
+                if key in ("arch", "percent", "labeled_list", "subset_seed"):
+                    raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)} contradicts "
+                                    f"{name}, made with {value}")
+                print0(f"--{key} {getattr(args, key)} in place of {value}, of {name}")
     large_r3d = args.arch.startswith("r3d") and args.size > 112
-    if args.device == "cpu" and args.precision == "bf16" and (large_r3d or not has_bf16("cpu")):
+    if args.device == "cpu" and args.precision == "bf16" and (
+            large_r3d or default_precision("cpu") == "fp32"):
         raise UserError(f"{args.arch} at --size {args.size} needs --precision fp32 on this CPU: "
                         "oneDNN's gradients in bf16 are wrong there")
     if args.batch % world_size():
         raise UserError(f"--batch {args.batch} cannot be shared among {world_size()} processes: "
                         "choose a multiple")
-    print0("settings:", as_flags(vars(args)))
-
-
-def as_flags(settings):
-    """Settings as they can be pasted behind a command."""
     words = []
-    for key, value in settings.items():
-        if value is True:
-            words.append(flag(key))
-        elif value is not None and value is not False:
-            values = value if isinstance(value, list) else [value]
-            words += [flag(key), shlex.join(map(str, values))]
-    return " ".join(words)
+    for key, value in vars(args).items():
+        if value is not None and value is not False:
+            values = value if isinstance(value, list) else [value] * (value is not True)
+            words += ["--" + key.replace("_", "-"), *map(str, values)]
+    print0("settings:", shlex.join(words))
+    return args, device, checkpoints
 
 
-def flag(key):
-    return "--" + key.replace("_", "-")
+def prepare(args):
+    """Join torchrun's processes -> device."""
+    if hasattr(ctypes.CDLL(None), "mallopt"):
+        # glibc returns large blocks and faults them in again in every step: it should keep them.
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    device = torch.device("cpu")
+    if args.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    join_processes(device)
+    return device
 
 
 def default_precision(device):
-    """The same on all processes."""
-    return broadcast("bf16" if has_bf16(device) else "fp32")
-
-
-def has_bf16(device):
-    """Whether to compute in bfloat16: the hardware has it, rather than emulates it, and is right.
+    """bf16 where the hardware has it, rather than emulates it, and is right, else fp32.
 
     Of CPUs those with AMX. On others with AVX-512 oneDNN 3.12 leaves parts of the weights' gradient
     unwritten, of a 3 x 3 x 3 convolution over two time steps, as the tail of r3d has in stage 3."""
     if device == "cuda":
-        return torch.cuda.is_bf16_supported(False)
-    return torch.cpu.get_capabilities().get("amx_bf16", False)
+        return "bf16" if torch.cuda.is_bf16_supported(False) else "fp32"
+    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
 
 
 def ranged(kind, least, most=math.inf):

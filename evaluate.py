@@ -4,7 +4,7 @@ The prediction for a video is the mean over 10 clips and 3 scales (Sec. 4.2). If
 teachers, their combined prediction is evaluated, too: by the plain mean and by TSTR (Eq. 7).
 
 Reads:  run folders, of which every classifier is evaluated, or checkpoints; the test videos.
-Writes: results.json and confusion.csv into the folder of the checkpoints.
+Writes: results.json and predictions.csv into the folder of the checkpoints.
 
     python evaluate.py
         All classifiers in runs/toy, in half a minute on a CPU. Prints chance, a table of accuracies
@@ -12,13 +12,12 @@ Writes: results.json and confusion.csv into the folder of the checkpoints.
     python evaluate.py runs/toy runs/toy-1
         Also prints the mean and the standard deviation over these folders.
     python evaluate.py --checkpoint runs/toy/student.pt --videos holiday.mp4 clips/
-        Prints the five most probable classes of each video. Writes runs/toy/predictions.json.
+        Prints the five most probable classes of each video. Writes runs/toy/predictions.csv.
 """
 
 import argparse
 import csv
 import functools
-import io
 import json
 import os
 import time
@@ -28,10 +27,10 @@ from pathlib import Path
 import numpy as np
 
 from common import (
-    Embedder, Parser, UserError, Videos, autocast, build_model, centre_crop, combine_teachers,
-    command, default_precision, find_checkpoint, load_classifier, machine_arguments, map_videos,
-    paired_similarity, prepare, print0, ranged, read_checkpoint, read_videos, similarity_score,
-    spaced_clips, to_input, video_similarity, walk_videos, write_bytes)  # before torch
+    Embedder, UserError, Videos, autocast, barrier, build_model, centre_crop, combine_teachers,
+    command, compare_clips, default_precision, list_videos, load_classifier, map_videos, new_parser,
+    prepare, print0, ranged, read_checkpoint, read_videos, score_videos, spaced_clips,
+    to_input, write_text)  # before torch
 
 import torch
 
@@ -42,7 +41,7 @@ UNREADABLE = "cannot be decoded"  # in place of a predicted class
 
 @command
 def main(argv=None):
-    parser = Parser(__doc__, parents=[machine_arguments()])
+    parser = new_parser(__doc__)
     parser.add_argument("paths", nargs="*", type=Path, metavar="PATH",
                         help="run folders or checkpoints (default: runs/toy)")
     parser.add_argument("--root", metavar="DIR",
@@ -51,34 +50,34 @@ def main(argv=None):
                         help="clips per video")
     parser.add_argument("--scales", nargs="+", type=ranged(float, 0.01, 1),
                         default=[1.0, 0.8, 0.7], metavar="X",
-                        help="sides of the centre crops, as shares of the frame's short side "
-                        "(default: 1.0 0.8 0.7)")
+                        help="sides of the centre crops, as shares of the frame's short side")
+    parser.add_argument("--output", type=Path, metavar="FILE.csv",
+                        help="write the predictions to this file (default: predictions.csv in the "
+                        "checkpoints' folder)")
     prediction = parser.add_argument_group("prediction, instead of accuracies")
     prediction.add_argument("--videos", nargs="+", metavar="FILE_OR_DIR",
                             help="print the most probable classes of these videos")
     prediction.add_argument("--checkpoint", type=Path, metavar="FILE",
                             help="the classifier, or a run folder (then its student.pt)")
-    prediction.add_argument("--output", type=Path, metavar="FILE",
-                            help="write the classes to this .json or .csv file (default: "
-                            "predictions.json in the checkpoint's folder)")
     prediction.add_argument("--topk", type=ranged(int, 1), default=5, metavar="K",
                             help="number of classes per video")
     args = parser.parse_args(argv)
     device = prepare(args)
     args.precision = args.precision or default_precision(args.device)
-    if args.videos and args.checkpoint and not args.paths:
+    if bool(args.videos) != bool(args.checkpoint) or (args.videos and args.paths):
+        raise UserError("a prediction needs both --videos and --checkpoint, and takes no PATH")
+    if args.videos:
         predict(args, device)
         return
-    if args.videos or args.checkpoint or args.output:
-        raise UserError("a prediction needs both --videos and --checkpoint, and takes no PATH")
 
     found = find_classifiers(args.paths or [Path("runs/toy")])
-    results = {}
+    if args.output and len(found) > 1:
+        raise UserError("--output takes the predictions of one folder")
+    results = []
     for folder, classifiers in found.items():
-        results[folder] = evaluate_folder(folder, classifiers, args, device)
-        save_results(folder, results[folder])
-    if len(results) > 1:
-        print_means(sum(results.values(), []))
+        results += evaluate_folder(folder, classifiers, args, device)
+    if len(found) > 1:
+        print_means(results)
 
 
 def find_classifiers(paths):
@@ -88,100 +87,116 @@ def find_classifiers(paths):
         if not path.exists() and path.suffix != ".pt":
             runs = sorted({str(file.parent) for file in Path("runs").glob("*/*.pt")})
             raise UserError(f"{path}: no such run folder; there are {', '.join(runs) or 'none'}")
-        folder = path if path.is_dir() else path.parent
         contents = {}
         for file in sorted(path.glob("*.pt")) if path.is_dir() else [path]:
-            saved = read_checkpoint(file)
+            saved = read_checkpoint(file, ".", finished=False)
             if saved.get("stage") in ("finetune", "student"):
                 contents[file.name] = saved
         if not contents:
             raise UserError(f"{path}: no trained classifier; finetune.py and train_student.py "
                             "write them")
-        found.setdefault(folder, {}).update(contents)
+        found.setdefault(path if path.is_dir() else path.parent, {}).update(contents)
     return found
 
 
 def evaluate_folder(folder, classifiers, args, device):
-    """The objects of results.json, with the confusion matrix in each: of a folder's classifiers,
-    and of both teachers combined; the baseline first, students last."""
-    groups = {}  # those that see the same clips: each video is decoded once for all of them
+    """Evaluate a folder's classifiers, and both teachers combined: print the table, write
+    results.json and predictions.csv -> the objects of results.json, the baseline first, students
+    last."""
+    begin = time.perf_counter()
+    first, *others = classifiers
+    trained = classifiers[first]["args"]
+    for name in others:
+        other = classifiers[name]["args"]
+        different = [key for key in ("data", "split", "frames", "stride", "size")
+                     if other[key] != trained[key]]
+        if different:
+            raise UserError(f"{folder}: {first} and {name} differ in {', '.join(different)}: "
+                            "evaluate them one by one")
+    videos = read_videos(trained["data"], args.root or trained["root"], False, trained["split"])
     for name, saved in classifiers.items():
-        seen = {**saved["args"], "root": args.root or saved["args"]["root"]}
-        seen = tuple(seen[k] for k in ("data", "root", "split", "frames", "stride", "size"))
-        groups.setdefault(seen, {})[name] = saved
-    results = {}
-    seen_by = {}  # name: the test videos, and its class probabilities for them, {id: (C,)}
-    for (data, root, split, *_), group in groups.items():
-        begin = time.perf_counter()
-        videos = read_videos(data, root, False, split)
-        for name, saved in group.items():
-            if videos.classes != saved["classes"]:
-                raise UserError(f"{folder / name}: made for other classes than those of "
-                                f"{videos.folder}")
-        share = 100 * np.bincount(videos.labels).max() / len(videos)
-        print0(f"{len(videos)} test videos of {len(videos.classes)} classes: chance is "
-               f"{100 / len(videos.classes):.1f} %, the most frequent class has {share:.1f} %")
-        rows, unreadable = class_probabilities(list(group.values()), videos, args, device)
-        if unreadable:
-            print0(f"{len(unreadable)} test videos cannot be decoded and count as wrong")
-        seconds = round(time.perf_counter() - begin, 1)
-        for k, (name, saved) in enumerate(group.items()):
-            probabilities = {i: p[k] for i, p in rows.items()}
-            seen_by[name] = videos, probabilities
-            trained = saved["args"]
-            results[name] = {
-                "checkpoint": name,
-                "stage": saved["stage"],
-                "init": trained["init"],
-                "arch": saved["arch"],
-                "data": data,
-                "split": split,
-                "percent": trained["percent"],
-                "labeled_count": len(saved["labeled"]),
-                "seed": trained["seed"],
-                "epochs": saved["epoch"],
-                "finished": saved["finished"],
-                **accuracies(probabilities, videos),
-                "unreadable": len(unreadable),
-                "clips": args.clips,
-                "scales": args.scales,
-                "seconds": seconds,  # for all of the group
-            }
+        if videos.classes != saved["classes"]:
+            raise UserError(f"{folder / name}: made for other classes than those of "
+                            f"{videos.folder}")
+    share = 100 * np.bincount(videos.labels).max() / len(videos)
+    print0(f"{len(videos)} test videos of {len(videos.classes)} classes: chance is "
+           f"{100 / len(videos.classes):.1f} %, the most frequent class has {share:.1f} %")
+    output = args.output or folder / "predictions.csv"
+    rows = class_probabilities(classifiers, videos, args, device, output)
+    if len(rows) < len(videos):
+        print0(f"{len(videos) - len(rows)} test videos cannot be decoded and count as wrong")
+    p = {name: {i: row[k] for i, row in rows.items()} for k, name in enumerate(classifiers)}
+    described = {name: describe(name, saved, p[name], videos, args)
+                 for name, saved in classifiers.items()}
     if all(name in classifiers for name in TEACHERS):
-        (videos, p_inv), (_, p_dist) = (seen_by[name] for name in TEACHERS)
         teachers = {name: classifiers[name] for name in TEACHERS}
+        p_inv, p_dist = (p[name] for name in TEACHERS)
         together = combine_on_test_videos(p_inv, p_dist, teachers, folder, videos, args, device)
         for title, probabilities in together.items():
-            results[title] = {**results[TEACHERS[0]], "checkpoint": title, "stage": "teachers",
-                              "init": None, **accuracies(probabilities, videos)}
-    return sorted(results.values(), key=lambda r: (
+            p[title] = probabilities
+            described[title] = {**described[TEACHERS[0]], "checkpoint": title, "stage": "teachers",
+                                "init": None, **accuracies(probabilities, videos)}
+    seconds = round(time.perf_counter() - begin, 1)  # for all of them
+    results = sorted(({**r, "seconds": seconds} for r in described.values()), key=lambda r: (
         r["stage"] == "student", r["checkpoint"] != "labeled_only.pt"))
+    write_text(folder / "results.json", json.dumps(results, indent=1))
+    print_results(folder, results)
+    last = "student.pt" if "student.pt" in p else results[-1]["checkpoint"]
+    print0(f"worst classes of {last}:", "; ".join(worst_classes(p[last], videos)), "\n")
+    return results
+
+
+def describe(name, saved, probabilities, videos, args):
+    """The object of results.json of a classifier, but for the seconds."""
+    trained = saved["args"]
+    return {
+        "checkpoint": name,
+        "stage": saved["stage"],
+        "init": trained["init"],
+        "arch": saved["arch"],
+        "data": trained["data"],
+        "split": trained["split"],
+        "percent": trained["percent"],
+        "labeled_count": len(saved["labeled"]),
+        "seed": trained["seed"],
+        "epochs": saved["epoch"],
+        "finished": saved["finished"],
+        **accuracies(probabilities, videos),
+        "unreadable": len(videos) - len(probabilities),
+        "clips": args.clips,
+        "scales": args.scales,
+    }
 
 
 def accuracies(probabilities, videos):
-    """Per cent of all videos, from {id: (C,)}; a video without probabilities is wrong. And the
-    confusion matrix, which does not go into results.json: {class: Counter of predicted classes}."""
-    confusion = {c: Counter() for c in videos.classes}
-    in_top5 = 0
-    for i, label in enumerate(videos.labels.tolist()):
-        best = [UNREADABLE]
-        if i in probabilities:
-            p = probabilities[i]
-            best = [videos.classes[c] for c in p.topk(min(5, len(p))).indices.tolist()]
-        confusion[videos.classes[label]][best[0]] += 1
-        in_top5 += videos.classes[label] in best
-    per_class = {}
-    for c, predicted in confusion.items():
-        if predicted:
-            per_class[c] = 100 * (predicted[c] / predicted.total())
+    """Per cent of all videos, from {id: (C,)}; a video without probabilities is wrong."""
+    right = np.zeros(len(videos), bool)
+    in_top5 = np.zeros(len(videos), bool)
+    for i, p in probabilities.items():
+        best = p.topk(min(5, len(p))).indices.tolist()
+        right[i] = best[0] == videos.labels[i]
+        in_top5[i] = videos.labels[i] in best
+    per_class = {videos.classes[c]: 100 * float(right[videos.labels == c].mean())
+                 for c in np.unique(videos.labels)}
     return {
-        "top1": 100 * (sum(predicted[c] for c, predicted in confusion.items()) / len(videos)),
-        "top5": 100 * (in_top5 / len(videos)),
+        "top1": 100 * float(right.mean()),
+        "top5": 100 * float(in_top5.mean()),
         "mean_class_accuracy": float(np.mean(list(per_class.values()))),
         "videos": len(videos),
         "per_class": per_class,
-        "confusion": confusion,
     }
+
+
+def worst_classes(probabilities, videos):
+    """Of the three classes with the lowest accuracies: what their videos were taken for."""
+    taken_for = {}
+    for i, label in enumerate(videos.labels.tolist()):
+        best = videos.classes[probabilities[i].argmax()] if i in probabilities else UNREADABLE
+        taken_for.setdefault(videos.classes[label], Counter())[best] += 1
+    share = {c: counts[c] / counts.total() for c, counts in taken_for.items()}
+    for c in sorted(share, key=share.get)[:3]:
+        wrong = [f"{name} {count}" for name, count in taken_for[c].most_common() if name != c]
+        yield f"{c} {100 * share[c]:.1f} (taken for {', '.join(wrong[:3]) or 'nothing else'})"
 
 
 def combine_on_test_videos(p_inv, p_dist, teachers, folder, videos, args, device):
@@ -189,30 +204,24 @@ def combine_on_test_videos(p_inv, p_dist, teachers, folder, videos, args, device
     networks of stage 1 are there. Empty if both teachers were fine-tuned on different labels.
 
     p_inv, p_dist: {id: (C,)}. teachers: {name: content} of their checkpoints."""
-    ids = sorted(p_inv.keys() & p_dist.keys())
-    labeled = [saved["labeled"] for saved in teachers.values()]
-    if not ids or labeled[0] != labeled[1]:
+    inv, dist = teachers.values()
+    ids = list(p_inv)
+    if not ids or inv["labeled"] != dist["labeled"]:
         return {}
-    p_inv = torch.stack([p_inv[i] for i in ids])
-    p_dist = torch.stack([p_dist[i] for i in ids])
     scores = {"teachers, mean": torch.full((len(ids),), 0.5)}
     try:
-        stage_1 = {name: read_stage_1(saved, folder) for name, saved in teachers.items()}
-        paired_similarity(stage_1)  # UserError if they were not measured alike
-    except UserError as error:
-        print0(f"no row for TSTR: {error}")
-    else:
-        c = []
-        for saved in stage_1.values():
-            settings = argparse.Namespace(**{**saved["args"], "workers": args.workers,
+        matrices = []
+        for saved in teachers.values():
+            stage_1 = read_stage_1(saved, folder)
+            settings = argparse.Namespace(**{**stage_1["args"], "workers": args.workers,
                                              "precision": args.precision})
-            c.append(video_similarity(load_embedder(saved, device), videos, settings, device)[0])
-        c_inv, c_dist = c
-        score = torch.full((len(ids),), 0.5)  # of a video that breaks off before its middle, too
-        for k, i in enumerate(ids):
-            if i in c_inv and i in c_dist:
-                score[k] = similarity_score(c_inv[i][None], c_dist[i][None])
-        scores["teachers, TSTR"] = score
+            embedder = load_embedder(stage_1, device)
+            matrices.append(compare_clips(embedder, videos, settings, device))
+        scores["teachers, TSTR"] = score_videos(ids, *matrices)
+    except (UserError, ValueError) as error:
+        print0(f"no row for TSTR: {error}")
+    p_inv = torch.stack([p_inv[i] for i in ids])
+    p_dist = torch.stack([p_dist[i] for i in ids])
     return {title: dict(zip(ids, combine_teachers(p_inv, p_dist, score)))
             for title, score in scores.items()}
 
@@ -221,10 +230,12 @@ def read_stage_1(saved, folder):
     """The checkpoint of stage 1 from which a teacher was fine-tuned; UserError if it is not
     there."""
     trained = saved["args"]
-    path = Path(find_checkpoint(trained["init"], trained["pretrained"] or trained["out"]))
+    path = Path(trained["pretrained"] or trained["out"], trained["init"])
+    if os.path.dirname(trained["init"]):
+        path = Path(trained["init"])
     if not path.exists():
         path = folder / path.name  # it has moved along
-    return read_checkpoint(path, ["pretrain_inv", "pretrain_dist"])
+    return read_checkpoint(path, stages=["pretrain_inv", "pretrain_dist"])
 
 
 def load_embedder(saved, device):
@@ -235,14 +246,15 @@ def load_embedder(saved, device):
     return embedder.to(device, memory_format=torch.channels_last_3d).eval()
 
 
-def class_probabilities(classifiers, videos, args, device, show=None):
-    """Softmax of checkpoints' classifiers, averaged over uniformly spaced clips and centre crops of
-    the given shares of the short side (Sec. 4.2).
+def class_probabilities(classifiers, videos, args, device, output, topk=1, show=None):
+    """Softmax of classifiers, averaged over uniformly spaced clips and centre crops of the given
+    shares of the short side (Sec. 4.2): {id: (classifiers, C)}, without unreadable videos.
 
-    classifiers: contents of checkpoints whose clips are alike. show(id, (classifiers, C)): called
-    after each video. Returns {id: (classifiers, C)} and {id: reason} as map_videos does."""
-    models = [load_classifier(saved, device) for saved in classifiers]
-    trained = argparse.Namespace(**classifiers[0]["args"])
+    classifiers: {name: content} of checkpoints whose clips are alike. output: the file that gets
+    the `topk` classes of each video as soon as they are known. show(id, {class: probability}):
+    called with them, of the first classifier."""
+    models = [load_classifier(saved, device) for saved in classifiers.values()]
+    trained = argparse.Namespace(**next(iter(classifiers.values()))["args"])
 
     def probabilities(frames):
         crops = []
@@ -258,20 +270,35 @@ def class_probabilities(classifiers, videos, args, device, show=None):
             rows.append(p.unflatten(0, (len(frames), -1)).mean(1))
         return torch.stack(rows, 1)
 
+    def write(i, row):
+        c = videos.classes[videos.labels[i]] if videos.labels[i] >= 0 else None
+        for k, name in enumerate(classifiers):
+            top = {UNREADABLE: None}
+            if row is not None:
+                best = row[k].argsort(descending=True)[:topk].tolist()
+                top = {videos.classes[j]: round(row[k, j].item(), 4) for j in best}
+            for predicted, p in top.items():
+                lines.writerow([name, videos.names[i], c, predicted, p])
+            if show and k == 0:
+                show(i, top)
+
     spaced = functools.partial(spaced_clips, clips=args.clips, frames=trained.frames,
                                stride=trained.stride)
-    return map_videos(probabilities, videos, spaced, 1 if show else 4, trained.size, args.workers,
-                      device, "evaluation", show)
+    header = "checkpoint,video,class,predicted class,probability\n"
+    write_text(output, header)
+    barrier()
+    with open(output, "a", newline="", errors="surrogateescape", buffering=1) as file:
+        lines = csv.writer(file, lineterminator="\n")
+        return map_videos(probabilities, videos, spaced, 1 if show else 4, trained.size,
+                          args.workers, device, "evaluation", write)
 
 
 def predict(args, device):
-    """Print the most probable classes of each of --videos when it is done; write all to a file."""
+    """Print the most probable classes of each of --videos when it is done."""
     if args.checkpoint.is_dir():
         args.checkpoint /= "student.pt"
-    output = args.output or args.checkpoint.with_name("predictions.json")
-    if output.suffix not in (".json", ".csv"):
-        raise UserError(f"--output {output}: expected a name that ends in .json or .csv")
-    saved = find_classifiers([args.checkpoint])[args.checkpoint.parent][args.checkpoint.name]
+    classifiers = find_classifiers([args.checkpoint])[args.checkpoint.parent]
+    [saved] = classifiers.values()
     if not saved["finished"]:
         print0(f"note: {args.checkpoint} is unfinished (epoch {saved['epoch']} of "
                f"{saved['args']['epochs']})")
@@ -279,54 +306,27 @@ def predict(args, device):
     for path in args.videos:
         if not os.path.exists(path):
             raise UserError(f"{path}: no such file or folder")
-        files = walk_videos(path) if os.path.isdir(path) else [path]
+        files = [path]
+        if os.path.isdir(path):
+            files = [os.path.join(path, name) for name in sorted(list_videos(path))]
         if not files:
             raise UserError(f"{path}: no video here")
         names += files
-    classes = saved["classes"]
-    predictions = [{"video": name, "classes": {}, "error": None} for name in names]
 
-    def show(i, rows):
-        best = rows[0].topk(min(args.topk, len(classes)))
-        top = {classes[c]: round(p, 4) for p, c in zip(best.values.tolist(), best.indices.tolist())}
-        predictions[i]["classes"] = top
-        print0(f"{names[i]}:", ", ".join(f"{c} {100 * p:.1f} %" for c, p in top.items()))
+    def show(i, top):
+        if UNREADABLE not in top:
+            print0(f"{names[i]}:", ", ".join(f"{c} {100 * p:.1f} %" for c, p in top.items()))
 
-    videos = Videos("", names, [-1] * len(names), classes)
-    rows, unreadable = class_probabilities([saved], videos, args, device, show)
-    for i, row in rows.items():
-        if not predictions[i]["classes"]:  # torchrun's other processes have done it
-            show(i, row)
-    for i, reason in unreadable.items():
-        predictions[i]["error"] = reason
-    if output.suffix == ".json":
-        text = json.dumps(predictions, indent=1, ensure_ascii=False)
-        write_bytes(output, text.encode(errors="surrogateescape"))
-    else:
-        lines = [["video", "class", "probability", "error"]]
-        for video, top, error in map(dict.values, predictions):
-            lines += [[video, c, p, error] for c, p in top.items()] or [[video, None, None, error]]
-        write_csv(output, lines)
+    videos = Videos("", names, [-1] * len(names), saved["classes"])
+    output = args.output or args.checkpoint.with_name("predictions.csv")
+    rows = class_probabilities(classifiers, videos, args, device, output, args.topk, show)
     if not rows:
         print0("none of these videos can be decoded")
         raise SystemExit(1)
 
 
 # ---- Tables --------------------------------------------------------------------------------------
-def save_results(folder, results):
-    """Write a folder's results.json and confusion.csv, print its table and the worst classes.
-
-    A row of confusion.csv: checkpoint, class, its accuracy, how many of its videos were taken for
-    which class."""
-    entries = [{k: v for k, v in r.items() if k != "confusion"} for r in results]
-    write_bytes(folder / "results.json", json.dumps(entries, indent=1).encode())
-    columns = list(dict.fromkeys(c for r in results for c in r["confusion"])) + [UNREADABLE]
-    lines = [["checkpoint", "class", "accuracy", *columns]]
-    for r in results:
-        for c, accuracy in r["per_class"].items():
-            counts = [r["confusion"][c][predicted] for predicted in columns]
-            lines.append([r["checkpoint"], c, f"{accuracy:.2f}", *counts])
-    write_csv(folder / "confusion.csv", lines)
+def print_results(folder, results):
     metrics = metrics_of(results)
     rows = []
     for r in results:
@@ -335,16 +335,6 @@ def save_results(folder, results):
             name += f" (unfinished, epoch {r['epochs']})"
         rows.append([name, r["labeled_count"], *(f"{r[key]:.1f}" for key in metrics)])
     print_table([f"{folder}", "labels", *metrics.values()], rows)
-    last = next((r for r in results if r["checkpoint"] == "student.pt"), results[-1])
-    worst = sorted(last["per_class"].items(), key=lambda item: item[1])[:3]
-    print0(f"worst classes of {last['checkpoint']}:", ", ".join(f"{c} {x:.1f}" for c, x in worst),
-           f"(all: {folder / 'confusion.csv'})\n")
-
-
-def write_csv(path, lines):
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    write_bytes(path, text.getvalue().encode(errors="surrogateescape"))
 
 
 def metrics_of(results):

@@ -16,120 +16,82 @@ Writes: OUT/inv_ft.pt and OUT/dist_ft.pt, with a log each, and OUT/labeled.txt, 
         After stage 1 on UCF101. 5 % of each class have a label.
 """
 
-import functools
-import math
+import os
 from pathlib import Path
 
 from common import (
-    WEAK, Batches, Meter, Parser, Pool, State, Videos, augment_clips, autocast, build_model,
-    centre_crop, command, cosine_similarity, draw, find_checkpoint, labeled_and_all_videos,
-    map_videos, print0, read_checkpoint, seed_of, settle, shared_arguments, spaced_clips, start,
-    start_from, to_input, warm_up)  # before torch
+    WEAK, Batches, Pool, State, augment_clips, autocast, build_model, command, distribute,
+    labeled_and_all_videos, rng, seed_of, stage_parser, start, start_from, to_input, warm_up,
+    write_text)  # before torch
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 
 @command
 def main(argv=None):
-    parser = Parser(__doc__, parents=[shared_arguments("finetune")])
+    parser = stage_parser("finetune", __doc__)
     parser.add_argument("--init", nargs="+", default=["inv.pt", "dist.pt"], metavar="CHECKPOINT",
                         help="checkpoints to fine-tune, one after the other: file names in "
-                        "--pretrained, or paths; none: random weights (default: inv.pt dist.pt)")
+                        "--pretrained, or paths; none: random weights")
     parser.add_argument("--pretrained", metavar="DIR",
                         help="folder with the checkpoints of stage 1 (default: OUT)")
-    args, device = start(parser, "finetune", argv)
-    pretrained = {}
-    for init in args.init:
-        path = find_checkpoint(init, args.pretrained or args.out)
-        stages = ["pretrain_inv", "pretrain_dist", None]
-        pretrained[init] = None if init == "none" else read_checkpoint(path, stages)
-    settle(parser, "finetune", args, pretrained,
-           inherited=["data", "root", "split", "pool", "arch", "size"])
+    args, device, pretrained = start(parser, "finetune", argv, lambda args, out: (
+        args.init, args.pretrained or out, ["pretrain_inv", "pretrain_dist", None]))
     labeled, videos = labeled_and_all_videos(args)
-    for init, saved in pretrained.items():
+    for init in args.init:
         args.init = init  # each checkpoint says what it alone was made from
-        finetune(args, saved, labeled, videos, device)
+        args.name = "labeled_only" if init == "none" else f"{Path(init).stem}_ft"
+        finetune(args, pretrained.get(init), labeled, videos, device)
 
 
 def finetune(args, saved, labeled, videos, device):
+    """saved: the content of the checkpoint to start from, None for random weights."""
     seed = seed_of("finetune", args.seed)
     torch.manual_seed(seed)
     model = build_model(args.arch, len(videos.classes))
-    name = "labeled_only"
-    similarity = {}  # what stage 1 measured goes on to stage 3
+    similarity = {}  # of stage 1, goes on to stage 3
     if saved is not None:
         start_from(model, args.init, saved)
-        name = f"{Path(args.init).stem}_ft"
         similarity = {k: v for k, v in saved.items() if k.startswith("similarity")}
+    model.to(device, memory_format=torch.channels_last_3d)
+    net = distribute(model, args.batch, args, device)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.999),
+                                 fused=device.type == "cuda")
+    scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=args.patience)
     pool = Pool(labeled, args.batch, cycle=True)
     batches = Batches(videos, [pool], args.frames, seed, args, device)
-    state = State("finetune", name, args, model, batches, device, labeled, similarity)
+    state = State("finetune", args, batches, labeled, similarity, model=model,
+                  optimizer=optimizer, scheduler=scheduler)
+    rows = [f"{videos.names[i]} {videos.labels[i]}\n" for i in labeled]
+    write_text(os.path.join(args.out, "labeled.txt"), "".join(rows))
     if state.finished:
         return
-    if similarity and state.epoch == state.step == 0:
-        report_neighbours(model, videos, labeled, args, device)
-    meter = Meter(state, batches)
 
     for epoch in range(state.epoch, args.epochs):
-        warm_up(state.optimizer, args.lr, epoch, args.warmup)
-        state.net.train()
-        for batch in meter.steps(epoch):
-            rngs = [draw(seed, *key, 0) for key in batch.keys]
+        warm_up(optimizer, args.lr, epoch, args.warmup)
+        net.train()
+        for batch in state.steps():
+            rngs = [rng(seed, *key, 0) for key in batch.keys]
             clips = augment_clips(batch.videos, args.size, rngs, **WEAK)
             y = torch.as_tensor(videos.labels[batch.ids]).to(device, non_blocking=True)
             with autocast(args, device):
-                logits = state.net(to_input(clips, model))  # (b, classes)
+                logits = net(to_input(clips, model))  # (b, classes)
             loss = F.cross_entropy(logits.float(), y)  # L_sup, Eq. 4
-            state.update(loss)
+            if state.steps_left() >= state.recalibration:  # then weights are frozen
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
             accuracy = (logits.argmax(1) == y).float().mean()
-            meter.add(len(clips), loss=loss, train_accuracy=accuracy)
-        means = meter.means()
+            state.add(len(clips), loss=loss, train_accuracy=accuracy)
+            if state.steps_done() % args.save_every == 0:
+                state.save()
+        means = state.end_epoch()
         if epoch >= args.warmup:
-            state.scheduler.step(means["loss"])  # halves the learning rate on a plateau
-        state.end_epoch(means)  # log, checkpoint
+            scheduler.step(means["loss"])  # halves the learning rate on a plateau
 
     state.finish()
-
-
-def report_neighbours(model, videos, labeled, args, device):
-    """Print nearest_neighbours of a model beside those of an untrained one and chance."""
-    counts = np.bincount(videos.labels[labeled])
-    ids = labeled[counts[videos.labels[labeled]] > 1]  # the only one of its class has no match
-    if len(ids) < 2:
-        return
-    ids = ids[::math.ceil(len(ids) / 2000)]  # at most 2,000
-    counts = np.bincount(videos.labels[ids])
-    untrained = build_model(args.arch, len(videos.classes))
-    trained = nearest_neighbours(model, videos, ids, args, device)
-    untrained = nearest_neighbours(untrained, videos, ids, args, device)
-    chance = (counts * (counts - 1)).sum() / len(ids) / (len(ids) - 1)
-    print0(f"{args.init}: the nearest other labelled video is of the same class for "
-           f"{100 * trained:.1f} % of {len(ids)} videos; of an untrained network for "
-           f"{100 * untrained:.1f} %, at chance for {100 * chance:.1f} %")
-
-
-def nearest_neighbours(backbone, videos, ids, args, device):
-    """The share of the videos `ids` whose nearest other one is of the same class: what the features
-    of stage 1 know of the classes, before a label has trained them.
-
-    By the cosine of features, mean over time, of the clip in the middle of each video."""
-    def features(frames):
-        clips = [centre_crop(video, args.size) for video in frames]
-        with autocast(args, device):
-            return backbone.features(to_input(clips, backbone)).float().mean(2)
-
-    names = [videos.name(i) for i in ids]
-    some = Videos(videos.folder, names, videos.labels[ids], videos.classes)
-    span = functools.partial(spaced_clips, clips=1, frames=args.frames, stride=args.stride)
-    backbone.to(device, memory_format=torch.channels_last_3d).eval()
-    rows, _ = map_videos(features, some, span, args.batch, args.size, args.workers, device,
-                         "neighbours")
-    z = torch.stack(list(rows.values()))
-    labels = some.labels[list(rows)]
-    nearest = cosine_similarity(z, z).fill_diagonal_(-torch.inf).argmax(1)
-    return float((labels[nearest] == labels).mean())
 
 
 if __name__ == "__main__":

@@ -21,17 +21,18 @@ Writes: OUT/dist.pt and OUT/dist.log, with the same content as those of stage 1a
 import math
 
 from common import (
-    Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment_clips, autocast,
-    beside_chance, build_model, command, distinctive_loss, draw, invariant_loss, measure_similarity,
-    ranged, read_checkpoint, seed_of, settle, shared_arguments, start, start_from, to_input,
-    training_videos, unpooled_distinctive_loss, warm_up)  # before torch
+    Batches, Embedder, Pool, State, UserError, all_gather, augment_clips, autocast, build_model,
+    command, distinctive_loss, distribute, invariant_loss, matrices_for_tstr, print0, ranged,
+    read_checkpoint, rng, seed_of, stage_parser, start, start_from, to_input, training_videos,
+    unpooled_distinctive_loss, warm_up)  # before torch
 
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 
 @command
 def main(argv=None):
-    parser = Parser(__doc__, parents=[shared_arguments("pretrain_dist")])
+    parser = stage_parser("pretrain_dist", __doc__)
     parser.add_argument("--temperature", type=ranged(float, 1e-3), default=0.1, metavar="X",
                         help="temperature tau of the losses, Eq. 3")
     parser.add_argument("--invariant-weight", type=ranged(float, 0), default=0.0, metavar="X",
@@ -40,9 +41,8 @@ def main(argv=None):
                         "checkpoint (default: random)")
     parser.add_argument("--name", help="write OUT/NAME.pt (default: dist, or both with "
                         "--invariant-weight)")
-    args, device = start(parser, "pretrain_dist", argv)
+    args, device, _ = start(parser, "pretrain_dist", argv)
     args.name = args.name or ("both" if args.invariant_weight else "dist")
-    settle(parser, "pretrain_dist", args)
     n = args.clips
     time_steps = count_time_steps(args.arch, args.frames)
     if time_steps % n:
@@ -55,18 +55,26 @@ def main(argv=None):
     torch.manual_seed(seed)
     embedder = Embedder(build_model(args.arch, len(videos.classes)))
     if args.init:
-        start_from(embedder.backbone, args.init, read_checkpoint(args.init))
+        start_from(embedder.backbone, args.init, read_checkpoint(args.init, finished=False))
+    embedder.to(device, memory_format=torch.channels_last_3d)
+    net = distribute(embedder, args.batch * 2 * (n + 1), args, device)
+    trained = [p for p in embedder.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, args.lr, betas=(0.9, 0.999),
+                                 fused=device.type == "cuda")
+    scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=args.patience)
     everyone = Pool(range(len(videos)), args.batch, cycle=False)
     batches = Batches(videos, [everyone], n * args.frames, seed, args, device)
-    state = State("pretrain_dist", args.name, args, embedder, batches, device)
+    state = State("pretrain_dist", args, batches, model=embedder.backbone, head=embedder.head,
+                  optimizer=optimizer, scheduler=scheduler)
     if state.finished:
         return
-    meter = Meter(state, batches)
+    # A network to which all clips look alike has these losses.
+    print0(f"l_d1 at chance: {math.log(2 * n - 1):.3f}, l_d2 at chance: {math.log(n):.3f}")
 
     for epoch in range(state.epoch, args.epochs):
-        warm_up(state.optimizer, args.lr, epoch, args.warmup)
-        state.net.train()
-        for batch in meter.steps(epoch):
+        warm_up(optimizer, args.lr, epoch, args.warmup)
+        net.train()
+        for batch in state.steps():
             short = []  # of each video its n clips, under the first augmentation, then the second
             long = []  # of each video the long clip that spans them, in as many frames as one has
             short_rngs = []
@@ -75,13 +83,13 @@ def main(argv=None):
                 for video, key in zip(batch.videos, batch.keys):
                     short += video.split(args.frames)
                     long.append(video[::n])
-                    rngs = [draw(seed, *key, view * (n + 1) + t) for t in range(n + 1)]
+                    rngs = [rng(seed, *key, view * (n + 1) + t) for t in range(n + 1)]
                     short_rngs += rngs[:n]
                     long_rngs.append(rngs[n])
             clips = augment_clips(short + long, args.size, short_rngs + long_rngs)
             with autocast(args, device):
                 x = to_input(clips, embedder.backbone)
-                rows = state.net(x, num_long=len(long), slices=n)
+                rows = net(x, num_long=len(long), slices=n)
             of_clips, of_slices = rows.split([len(short), len(long) * n])
             z, z_aug = of_clips.unflatten(0, (2, -1, n))  # (b, n, 128) each: clips
             g, g_aug = of_slices.unflatten(0, (2, -1, n))  # (b, n, 128) each: slices of long clips
@@ -96,16 +104,18 @@ def main(argv=None):
                 l_i = invariant_loss(all_gather(z), args.temperature)  # Eq. 1
                 loss = loss + args.invariant_weight * l_i
                 terms["l_i"] = l_i
-            state.update(loss)
-            meter.add(len(x), loss=loss, **terms)
-        means = meter.means()
+            if state.steps_left() >= state.recalibration:  # then weights are frozen
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            state.add(len(x), loss=loss, **terms)
+            if state.steps_done() % args.save_every == 0:
+                state.save()
+        means = state.end_epoch()
         if epoch >= args.warmup:
-            state.scheduler.step(means["loss"])  # halves the learning rate on a plateau
-        chance = {"l_d1": math.log(2 * n - 1), "l_d2": math.log(n)}
-        means = beside_chance(means, chance, state)
-        state.end_epoch(means)  # log, checkpoint
+            scheduler.step(means["loss"])  # halves the learning rate on a plateau
 
-    state.finish(measure_similarity(embedder, videos, args, device))  # Algorithm 1, line 16
+    state.finish(**matrices_for_tstr(embedder, videos, args, device))  # Algorithm 1, line 16
 
 
 def count_time_steps(arch, frames):

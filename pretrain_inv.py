@@ -21,24 +21,23 @@ Writes: OUT/inv.pt, which holds the backbone, the projection head and the simila
 import math
 
 from common import (
-    Batches, Embedder, Meter, Parser, Pool, State, UserError, all_gather, augment_clips, autocast,
-    beside_chance, build_model, command, draw, invariant_loss, measure_similarity, ranged,
-    read_checkpoint, seed_of, settle, shared_arguments, start, start_from, to_input,
-    training_videos, warm_up)  # before torch
+    Batches, Embedder, Pool, State, UserError, all_gather, augment_clips, autocast, build_model,
+    command, distribute, invariant_loss, matrices_for_tstr, print0, ranged, read_checkpoint, rng,
+    seed_of, stage_parser, start, start_from, to_input, training_videos, warm_up)  # before torch
 
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 
 @command
 def main(argv=None):
-    parser = Parser(__doc__, parents=[shared_arguments("pretrain_inv")])
+    parser = stage_parser("pretrain_inv", __doc__)
     parser.add_argument("--temperature", type=ranged(float, 1e-3), default=0.1, metavar="X",
                         help="temperature tau of the loss, Eq. 1")
     parser.add_argument("--init", metavar="FILE", help="initial weights: public ones or a "
                         "checkpoint (default: random)")
     parser.add_argument("--name", default="inv", help="write OUT/NAME.pt")
-    args, device = start(parser, "pretrain_inv", argv)
-    settle(parser, "pretrain_inv", args)
+    args, device, _ = start(parser, "pretrain_inv", argv)
     if args.batch < 2:
         raise UserError("--batch 1: Eq. 1 takes its negatives from other videos, give 2 or more")
 
@@ -47,41 +46,51 @@ def main(argv=None):
     torch.manual_seed(seed)
     embedder = Embedder(build_model(args.arch, len(videos.classes)))
     if args.init:
-        start_from(embedder.backbone, args.init, read_checkpoint(args.init))
+        start_from(embedder.backbone, args.init, read_checkpoint(args.init, finished=False))
+    embedder.to(device, memory_format=torch.channels_last_3d)
     n = args.clips
+    net = distribute(embedder, args.batch * n, args, device)
+    trained = [p for p in embedder.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, args.lr, betas=(0.9, 0.999),
+                                 fused=device.type == "cuda")
+    scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=args.patience)
     everyone = Pool(range(len(videos)), args.batch, cycle=False)
     batches = Batches(videos, [everyone], n * args.frames, seed, args, device)
-    state = State("pretrain_inv", args.name, args, embedder, batches, device)
+    state = State("pretrain_inv", args, batches, model=embedder.backbone, head=embedder.head,
+                  optimizer=optimizer, scheduler=scheduler)
     if state.finished:
         return
-    meter = Meter(state, batches)
+    # A network to which all clips look alike has this loss.
+    print0(f"loss at chance: {math.log(2 * args.batch - 1):.3f}")
 
     for epoch in range(state.epoch, args.epochs):
-        warm_up(state.optimizer, args.lr, epoch, args.warmup)
-        state.net.train()
-        for batch in meter.steps(epoch):
+        warm_up(optimizer, args.lr, epoch, args.warmup)
+        net.train()
+        for batch in state.steps():
             clips = []  # n of each video, concatenated
             rngs = []  # each has its own augmentation
             for video, key in zip(batch.videos, batch.keys):
                 for t, clip in enumerate(video.split(args.frames)):
                     clips.append(clip)
-                    rngs.append(draw(seed, *key, t))
+                    rngs.append(rng(seed, *key, t))
             clips = augment_clips(clips, args.size, rngs)
             with autocast(args, device):
-                z = state.net(to_input(clips, embedder.backbone))  # (own videos * n, 128)
+                z = net(to_input(clips, embedder.backbone))  # (own videos * n, 128)
             z = z.unflatten(0, (-1, n))
             z = all_gather(z)  # (B, n, 128): the other processes' videos are negatives, too
             loss = invariant_loss(z, args.temperature)  # Eq. 1
-            state.update(loss)
-            meter.add(len(clips), loss=loss)
-        means = meter.means()
+            if state.steps_left() >= state.recalibration:  # then weights are frozen
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            state.add(len(clips), loss=loss)
+            if state.steps_done() % args.save_every == 0:
+                state.save()
+        means = state.end_epoch()
         if epoch >= args.warmup:
-            state.scheduler.step(means["loss"])  # halves the learning rate on a plateau
-        chance = {"loss": math.log(2 * args.batch - 1)}
-        means = beside_chance(means, chance, state)
-        state.end_epoch(means)  # log, checkpoint
+            scheduler.step(means["loss"])  # halves the learning rate on a plateau
 
-    state.finish(measure_similarity(embedder, videos, args, device))  # Algorithm 1, line 16
+    state.finish(**matrices_for_tstr(embedder, videos, args, device))  # Algorithm 1, line 16
 
 
 if __name__ == "__main__":

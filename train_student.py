@@ -18,25 +18,24 @@ Writes: OUT/student.pt and OUT/student.log.
         The paper's recipe on four GPUs, after stages 1 and 2 on UCF101.
 """
 
-import warnings
-
 from common import (
-    WEAK, Batches, Meter, Parser, Pool, State, UserError, augment_clips, autocast, build_model,
-    combine_teachers, command, distillation_loss, draw, find_checkpoint, labeled_and_all_videos,
-    load_classifier, paired_similarity, print0, ranged, read_checkpoint, seed_of, settle,
-    shared_arguments, similarity_score, start, start_from, to_input, warm_up)  # before torch
+    WEAK, Batches, Pool, State, UserError, augment_clips, autocast, build_model, combine_teachers,
+    command, distillation_loss, distribute, labeled_and_all_videos, load_classifier, print0,
+    ranged, read_checkpoint, rng, score_videos, seed_of, stage_parser, start, start_from, to_input,
+    warm_up)  # before torch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 
 @command
 def main(argv=None):
-    parser = Parser(__doc__, parents=[shared_arguments("student")])
+    parser = stage_parser("student", __doc__)
     parser.add_argument("--teachers", nargs="+", default=["inv_ft.pt", "dist_ft.pt"],
                         metavar="CHECKPOINT", help="one or two teachers: file names in OUT, or "
-                        "paths; none: the labels alone (default: inv_ft.pt dist_ft.pt)")
+                        "paths; none: the labels alone")
     parser.add_argument("--init", default="dist.pt", metavar="CHECKPOINT",
                         help="initial weights of the student: a file name in --pretrained, or a "
                         "path; none: random weights")
@@ -50,19 +49,10 @@ def main(argv=None):
                         help="weight of the first teacher: s of each video (tstr), 0.5 (mean) or a "
                         "number W from 0 to 1")
     parser.add_argument("--name", default="student", help="write OUT/NAME.pt")
-    args, device = start(parser, "student", argv)
+    args, device, saved_teachers = start(parser, "student", argv, lambda args, out: (
+        args.teachers, out, ["finetune"]))
     if len(set(args.teachers)) != len(args.teachers) or len(args.teachers) > 2:
         raise UserError("--teachers takes one or two different checkpoints, or none")
-    saved_teachers = {}
-    for name in args.teachers if args.teachers != ["none"] else ():
-        saved_teachers[name] = read_checkpoint(find_checkpoint(name, args.out), ["finetune"])
-    init = None
-    if args.init != "none":
-        init = read_checkpoint(find_checkpoint(args.init, args.pretrained or args.out), [
-            "pretrain_inv", "pretrain_dist", "finetune", "student", None])
-    settle(parser, "student", args, saved_teachers, inherited=[
-        "data", "root", "split", "pool", "arch", "size", "frames", "stride", "percent",
-        "labeled_list", "subset_seed"])
 
     labeled, videos = labeled_and_all_videos(args, saved_teachers)
     unlabeled = np.setdiff1d(np.arange(len(videos)), labeled)
@@ -74,30 +64,36 @@ def main(argv=None):
     seed = seed_of("student", args.seed)
     torch.manual_seed(seed)
     student = build_model(args.arch, len(videos.classes))
-    if init is not None:
-        start_from(student, args.init, init)
-    score = score_videos(args.reweight, saved_teachers, videos.names())  # s of every video, (N,)
+    if args.init != "none":
+        saved = read_checkpoint(args.init, args.pretrained or args.out)
+        start_from(student, args.init, saved)
+    student.to(device, memory_format=torch.channels_last_3d)
+    net = distribute(student, 2 * args.batch, args, device)
+    optimizer = torch.optim.Adam(student.parameters(), args.lr, betas=(0.9, 0.999),
+                                 fused=device.type == "cuda")
+    scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=args.patience)
+    score = weigh_videos(args.reweight, saved_teachers, videos.names)  # s of every video, (N,)
     pools = [Pool(labeled, args.batch, cycle=True)]
     if saved_teachers:  # the unlabelled videos come first
         pools.insert(0, Pool(unlabeled, args.batch, cycle=False))
     batches = Batches(videos, pools, args.frames, seed, args, device, steps)
-    state = State("student", args.name, args, student, batches, device, labeled)
+    state = State("student", args, batches, labeled, model=student, optimizer=optimizer,
+                  scheduler=scheduler)
     if state.finished:
         return
     teachers = [load_classifier(saved, device) for saved in saved_teachers.values()]
-    meter = Meter(state, batches)
 
     for epoch in range(state.epoch, args.epochs):
-        warm_up(state.optimizer, args.lr, epoch, args.warmup)
-        state.net.train()
-        for batch in meter.steps(epoch):
-            rngs = [draw(seed, *key, 0) for key in batch.keys]
+        warm_up(optimizer, args.lr, epoch, args.warmup)
+        net.train()
+        for batch in state.steps():
+            rngs = [rng(seed, *key, 0) for key in batch.keys]
             clips = augment_clips(batch.videos, args.size, rngs, **WEAK)  # teachers see them, too
             u = len(clips) // 2 if teachers else 0  # number of unlabelled clips, which come first
             y = torch.as_tensor(videos.labels[batch.ids[u:]]).to(device, non_blocking=True)
             with autocast(args, device):
                 x = to_input(clips, student)
-                logits = state.net(x)
+                logits = net(x)
             p_student = logits.float().softmax(1)
             loss = l_sup = F.cross_entropy(logits[u:].float(), y)  # Eq. 4
             accuracy = (logits[u:].argmax(1) == y).float().mean()
@@ -111,12 +107,16 @@ def main(argv=None):
                 l_unsup = on_unlabeled + 0.5 * on_labeled  # Eq. 8
                 loss = l_sup + args.omega * l_unsup  # Eq. 2
                 terms |= {"l_unsup": on_unlabeled, "l_unsup_labeled": on_labeled, **agreement}
-            state.update(loss)
-            meter.add(len(x), loss=loss, **terms)
-        means = meter.means()
+            if state.steps_left() >= state.recalibration:  # then weights are frozen
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            state.add(len(x), loss=loss, **terms)
+            if state.steps_done() % args.save_every == 0:
+                state.save()
+        means = state.end_epoch()
         if epoch >= args.warmup:
-            state.scheduler.step(means["loss"])  # halves the learning rate on a plateau
-        state.end_epoch(means)  # log, checkpoint
+            scheduler.step(means["loss"])  # halves the learning rate on a plateau
 
     state.finish()
 
@@ -139,22 +139,30 @@ def weighting(text):
     return text if text in ("tstr", "mean") else ranged(float, 0, 1)(text)
 
 
-def score_videos(reweight, saved_teachers, names):
+def weigh_videos(reweight, saved_teachers, names):
     """The weight of the first teacher for every video, (N,): s of Eq. 6, or one number for all."""
-    if reweight != "tstr":
-        return torch.full((len(names),), 0.5 if reweight == "mean" else reweight)
-    if len(saved_teachers) < 2:
-        return torch.ones(len(names))
-    known, c_inv, c_dist = paired_similarity(saved_teachers)
-    score_of = dict(zip(known, similarity_score(c_inv, c_dist).tolist()))
-    if absent := sum(name not in score_of for name in names):
+    if reweight != "tstr" or len(saved_teachers) < 2:
+        same = {"mean": 0.5, "tstr": 1.0}.get(reweight, reweight)
+        return torch.full((len(names),), same)
+    matrices = []
+    for name, saved in saved_teachers.items():
+        if "similarity" not in saved:
+            raise UserError(f"{name} has no similarity from stage 1, which TSTR needs: "
+                            "--reweight mean or a number")
+        matrices.append(dict(zip(saved["similarity_names"], saved["similarity"])))
+    c_inv, c_dist = matrices
+    absent = len(names) - len(set(names) & c_inv.keys() & c_dist.keys())
+    if absent:
         print0(f"{absent} of {len(names)} videos have no similarity from stage 1 (added since, or "
                "unreadable then): s = 0.5")
-    score = torch.tensor([score_of.get(name, 0.5) for name in names])
+    try:
+        score = score_videos(names, c_inv, c_dist)
+    except ValueError as error:
+        raise UserError(f"the teachers come from stage 1 with other --clips: {error}") from None
     print0(f"s of {len(names)} videos: {score.mean():.3f} ± {score.std():.3f}")
     if score.std() < 0.02:
-        warnings.warn("s is nearly the same for all videos, so TSTR is no better than "
-                      f"--reweight {score.mean():.2f}: has stage 1 trained long enough?")
+        print0("warning: s is nearly the same for all videos, so TSTR is no better than "
+               f"--reweight {score.mean():.2f}: has stage 1 trained long enough?")
     return score
 
 
