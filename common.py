@@ -547,7 +547,8 @@ def list_packets(container, stream):
     and the earliest. Nor where B-frames are in AVI (timestamps out of order), as in much of UCF101
     and all of HMDB51."""
     kind = container.format.name
-    exact = stream.codec.canonical_name in SEEKABLE.get(kind, ()) and not (
+    codec = stream.codec.canonical_name
+    exact = codec in SEEKABLE.get(kind, ()) and not (
         kind == "avi" and stream.codec_context.has_b_frames)
     timestamps = []  # not the packets: they hold the data of the whole file
     positions = {}
@@ -556,8 +557,8 @@ def list_packets(container, stream):
             list(decode([packet]))  # it alone may bring tables, which the decoder keeps over a seek
         if not packet.size or packet.is_discard:
             continue
-        # MPEG-4 marks a frame that is not coded by a packet of up to 8 bytes.
-        if packet.size <= 8 or packet.is_corrupt or packet.has_sidedata("new_extradata"):
+        not_coded = codec == "mpeg4" and packet.size <= 8  # a frame that the encoder left out
+        if not_coded or packet.is_corrupt or packet.has_sidedata("new_extradata"):
             exact = False
         timestamps.append(packet.pts)
         if packet.is_keyframe:
@@ -582,10 +583,6 @@ def seek(container, stream, position, timestamps):
         if frame.pts != timestamp or frame.is_corrupt or frame.interlaced_frame:
             raise ValueError("not the expected frame")
         yield frame
-    with contextlib.suppress(EOFError):  # the decoder holds no frame
-        # B-frames come out before the frame on which they build.
-        if any(frame.is_corrupt for frame in stream.codec_context.decode()):
-            raise ValueError("a damaged frame")
 
 
 def decode(packets):
@@ -1421,8 +1418,9 @@ class State:
 
     def resume(self):
         saved = read_checkpoint(self.path, finished=False)
+        made_with = {**saved.get("args", {}), **saved}
         for key, value in {**self.metadata, **vars(self.args)}.items():
-            before = saved.get(key, saved["args"].get(key))
+            before = made_with.get(key)
             if key not in FREE_ARGUMENTS and before != value:
                 raise UserError(f"{self.path} was made with {key} {str(before)[:60]}, not "
                                 f"{str(value)[:60]}: give the first value to resume, --restart "
@@ -1800,8 +1798,8 @@ def new_parser(description):
     machine = parser.add_argument_group("machine")
     machine.add_argument("--workers", type=ranged(int, 0), default=min(16, max(1, cores - 1)),
                          help="processes that decode videos")
-    machine.add_argument("--device", choices=("cpu", "cuda"), help="where to compute",
-                         default="cuda" if torch.cuda.is_available() else "cpu")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    machine.add_argument("--device", choices=devices, default=devices[0], help="where to compute")
     machine.add_argument("--precision", choices=("bf16", "fp32"),
                          help="bf16 autocast or float32 (default: bf16 if the hardware has it; to "
                          "train on toy: fp32)")
@@ -1906,12 +1904,13 @@ def start(parser, stage, argv, earlier=None):
         args.percent = None
 
     for name, saved in checkpoints.items():
-        for key, value in saved["args"].items() if saved.get("stage") else ():
-            if key in INHERITED[stage] and getattr(args, key) != value:
+        made_with = saved["args"] if saved.get("stage") else {}
+        for key in INHERITED.get(stage, ()):
+            if key in made_with and getattr(args, key) != made_with[key]:
+                text = f"--{key.replace('_', '-')} {getattr(args, key)}"
                 if key in ("arch", "percent", "labeled_list", "subset_seed"):
-                    raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)} contradicts "
-                                    f"{name}, made with {value}")
-                print0(f"--{key} {getattr(args, key)} in place of {value}, of {name}")
+                    raise UserError(f"{text} contradicts {name}, made with {made_with[key]}")
+                print0(f"{text} in place of {made_with[key]}, of {name}")
     large_r3d = args.arch.startswith("r3d") and args.size > 112
     if args.device == "cpu" and args.precision == "bf16" and (
             large_r3d or default_precision("cpu") == "fp32"):

@@ -29,7 +29,7 @@ import numpy as np
 from common import (
     Embedder, UserError, Videos, autocast, barrier, build_model, centre_crop, combine_teachers,
     command, compare_clips, default_precision, list_videos, load_classifier, map_videos, new_parser,
-    prepare, print0, ranged, read_checkpoint, read_videos, score_videos, spaced_clips,
+    prepare, print0, ranged, rank, read_checkpoint, read_videos, score_videos, spaced_clips,
     to_input, write_text)  # before torch
 
 import torch
@@ -284,10 +284,15 @@ def class_probabilities(classifiers, videos, args, device, output, topk=1, show=
 
     spaced = functools.partial(spaced_clips, clips=args.clips, frames=trained.frames,
                                stride=trained.stride)
-    header = "checkpoint,video,class,predicted class,probability\n"
-    write_text(output, header)
-    barrier()
-    with open(output, "a", newline="", errors="surrogateescape", buffering=1) as file:
+    try:
+        if rank() == 0:
+            Path(output).parent.mkdir(parents=True, exist_ok=True)
+            Path(output).write_text("checkpoint,video,class,predicted class,probability\n")
+        barrier()
+        file = open(output, "a", newline="", errors="surrogateescape", buffering=1)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}") from None
+    with file:
         lines = csv.writer(file, lineterminator="\n")
         return map_videos(probabilities, videos, spaced, 1 if show else 4, trained.size,
                           args.workers, device, "evaluation", write)

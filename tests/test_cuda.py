@@ -1,7 +1,10 @@
 """On a GPU: networks and steps are the CPU's, and no step waits. Where there is none, a
 rehearsal on the CPU, so that these tests stay fit to run."""
 
-import functools
+import argparse
+import contextlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,10 +13,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import common as tb
 import evaluate
-from conftest import earlier_checkpoints, first_step
-from test_common import (
-    EVALUATE, EVALUATED, STAGES, read_results, run_stage, smooth_clips, stage_argv)
-from test_processes import end, succeeds, torchrun
+from conftest import earlier_checkpoints, first_step, smooth_clips
+from test_common import EVALUATE, EVALUATED, HERE, STAGES, read_results, run_stage, stage_argv
 
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = ["--device", GPU]
@@ -31,7 +32,7 @@ def exact_convolutions():
 def test_augmentation_is_the_cpu_s():
     clips = smooth_clips(60)
     cpu, gpu = (tb.augment_clips([clip.to(device) for clip in clips], 24,
-                                 [tb.draw(0, k) for k in range(60)]).cpu().int()
+                                 [tb.rng(0, k) for k in range(60)]).cpu().int()
                 for device in ("cpu", GPU))
     difference = (cpu - gpu).abs()
     assert difference.float().mean() < 0.5 and difference.max() <= 8
@@ -83,42 +84,13 @@ def test_a_step_never_waits_for_the_gpu(stage, epochs, count, chain, toy, tmp_pa
     assert len(steps) == count
 
 
-@pytest.mark.parametrize("largest", [2**31 - 1, 5000], ids=["whole", "in pieces"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_batchnorm_is_torch_s_in_float64(dtype, largest, monkeypatch):
-    torch.manual_seed(0)
-    x = (2 * torch.randn(6, 8, 4, 15, 17) + 1).to(dtype)
-    dy = torch.randn(x.shape).to(dtype)
-    monkeypatch.setattr(tb, "LARGEST", largest)
-    found = []
-    for norm, device, kind in [(torch.nn.BatchNorm3d(8), "cpu", torch.float64),
-                               (tb.BatchNorm(8), GPU, dtype)]:
-        norm.to(device, torch.float64 if kind == torch.float64 else torch.float32)
-        leaf = x.to(device, kind, memory_format=torch.channels_last_3d).requires_grad_()
-        y = norm(leaf)
-        y.backward(dy.to(device, kind))
-        found.append([t.detach().double().cpu() for t in (
-            y, leaf.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var)])
-    tolerance = 1e-5 if dtype == torch.float32 else 0.02
-    for a, b in zip(*found):
-        assert (a - b).abs().max() <= tolerance * a.abs().max()
-
-
-@needs_gpu
-def test_batchnorm_of_more_than_2_to_the_31_elements():
-    """As in a step of over 167 clips of 16 x 224 x 224: no copy in float32, and the same rows."""
-    x = torch.randn(1, 64, 16, 112, 112, device=GPU, dtype=torch.bfloat16)
-    x = x.repeat(176, 1, 1, 1, 1).to(memory_format=torch.channels_last_3d).requires_grad_()
-    assert x.numel() > 2**31
-    norm = tb.BatchNorm(64).to(GPU)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    y = norm(x)
-    assert torch.cuda.max_memory_allocated() - before < 1.1 * 2 * x.numel()
-    assert torch.equal(y[0], y[-1])  # all clips are the same
-    assert abs(float(y[-1].float().std()) - 1) < 0.01
-    y.backward(y.detach())
-    assert torch.allclose(x.grad[0], x.grad[-1], atol=1e-3)
+@pytest.mark.parametrize("clips, fits", [(167, True), (168, False)])
+def test_more_clips_than_torch_s_kernels_count_are_refused(clips, fits):
+    """Of 16 x 224 x 224, on a GPU; before training, so without one, too."""
+    args = argparse.Namespace(frames=16, size=224, checkpointing=False, compile=False)
+    net = tb.build_model("r3d_tiny", 2)
+    with contextlib.nullcontext() if fits else pytest.raises(tb.UserError, match="168 clips"):
+        assert tb.distribute(net, clips, args, torch.device("cuda")) is net
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch without CUDA")
@@ -128,7 +100,7 @@ def test_no_forward_pass_leaves_the_gpu(arch, monkeypatch):
     # Autocast asks for the hardware.
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
-    rngs = [tb.draw(0, k) for k in range(40)]  # so many that each change has its takers
+    rngs = [tb.rng(0, k) for k in range(40)]  # so many that each change has its takers
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda:0"):
             net = tb.Embedder(tb.build_model(arch, 5)).eval()
@@ -152,15 +124,15 @@ def test_no_forward_pass_leaves_the_gpu(arch, monkeypatch):
 def test_chain_goes_on_under_nccl(toy, tmp_path):
     """With two GPUs each stage is killed first."""
     processes = min(2, torch.cuda.device_count())
-    launch = functools.partial(
-        torchrun, flags=("--standalone", f"--nproc-per-node={processes}"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+              f"--nproc-per-node={processes}"]
     for stage in ("inv", "dist", "ft", "student"):
         program = STAGES[stage][0].__name__
         argv = stage_argv(stage, toy, tmp_path, *ON_GPU)
         if processes == 2:
-            status, _ = end(launch("test_common.py", "step", 3, program, *argv))
-            assert status != 0
-        succeeds(launch(f"{program}.py", *argv))
+            killed = [*launch, "tests/conftest.py", "step", "3", program, *argv]
+            assert subprocess.run(killed, cwd=HERE, timeout=150).returncode
+        subprocess.run([*launch, f"{program}.py", *argv], cwd=HERE, check=True, timeout=150)
     evaluate.main([str(tmp_path), *EVALUATE, *ON_GPU])
     names = [result["checkpoint"] for result in read_results(tmp_path)]
     assert sorted(names) == sorted(EVALUATED[1:])  # no baseline here

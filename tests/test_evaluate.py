@@ -22,7 +22,7 @@ import torch
 
 import common as tb
 import evaluate
-from test_common import EVALUATE, HERE, full_decode, load, read_results, run_stage
+from test_common import EVALUATE, HERE, load, read_results, run_stage
 
 CPU = torch.device("cpu")
 
@@ -46,6 +46,7 @@ def save_classifier(path, root, order=None, **changes):
     model.fc.bias.data = -torch.tensor([(order or classes).index(c) for c in classes]).float()
     args = {"init": "inv.pt", "data": "folder", "root": str(root), "split": 1, "percent": 10,
             "seed": 0, "frames": 4, "stride": 1, "size": 16, "epochs": 7}
+    args.update(changes.pop("args", {}))
     content = {"stage": "finetune", "arch": "r3d_tiny", "classes": classes, "labeled": ["0.avi"],
                "epoch": 7, "finished": True, "args": args, "model": model.state_dict()}
     path.parent.mkdir(exist_ok=True)
@@ -58,7 +59,11 @@ def cells(text, name):
     return [cell.strip() for cell in row.split("|")[1:-1]]
 
 
-# ---- The table, results.json and confusion.csv ---------------------------------------------------
+def read_predictions(path):
+    return [tuple(row.values()) for row in csv.DictReader(io.StringIO(path.read_text()))]
+
+
+# ---- The table, results.json and predictions.csv -------------------------------------------------
 
 def test_two_classes_of_which_one_is_never_recognised(toy, tmp_path, capsys):
     """One of five test videos cannot be decoded."""
@@ -72,12 +77,14 @@ def test_two_classes_of_which_one_is_never_recognised(toy, tmp_path, capsys):
             in printed.out.splitlines()[0])
     assert cells(printed.out, run) == [str(run), "labels", "top-1", "mean class"]
     assert cells(printed.out, "x_ft.pt") == ["x_ft.pt", "1", "60.0", "50.0"]
-    assert "worst classes of x_ft.pt: b, c 0.0, a 100.0" in printed.out
+    assert ("worst classes of x_ft.pt: b, c 0.0 (taken for a 1, cannot be decoded 1); a 100.0 "
+            "(taken for nothing else)" in printed.out)
     assert "1.avi" in printed.err and "1 test videos cannot be decoded" in printed.out
-    assert list(csv.reader((run / "confusion.csv").read_text().splitlines())) == [
-        ["checkpoint", "class", "accuracy", "a", "b, c", "cannot be decoded"],
-        ["x_ft.pt", "a", "100.00", "3", "0", "0"],
-        ["x_ft.pt", "b, c", "0.00", "1", "0", "1"]]
+    p = round(1 / (1 + math.exp(-1)), 4)
+    assert sorted(read_predictions(run / "predictions.csv")) == [
+        *(("x_ft.pt", f"test/a/{i}.avi", "a", "a", f"{p}") for i in range(3)),
+        ("x_ft.pt", "test/b, c/0.avi", "b, c", "a", f"{p}"),
+        ("x_ft.pt", "test/b, c/1.avi", "b, c", "cannot be decoded", "")]
     result, = read_results(run)
     assert result.pop("seconds") >= 0
     assert result == {
@@ -98,29 +105,30 @@ def test_six_classes_have_top_5_and_runs_have_means(toy, tmp_path, capsys):
                             stage="student" if "student" in name else "finetune",
                             finished=name != "x_ft.pt", epoch=3)
     evaluate.main([str(tmp_path / "1"), str(tmp_path / "2"), *EVALUATE])
-    first, second, means = re.split(r"\n\n", capsys.readouterr().out.strip())
+    first, second, means = re.split(r" \n\n", capsys.readouterr().out.strip())
     names = [line.split("|")[1].strip() for line in first.splitlines() if line.startswith("|")][2:]
     assert names == ["labeled_only.pt", "x_ft.pt (unfinished, epoch 3)", "student.pt",
                      "student_x.pt"]
     assert cells(first, "student.pt")[1:] == ["1", "12.5", "87.5", "16.7"]
     assert cells(second, "student.pt")[1:] == ["1", "37.5", "87.5", "16.7"]
-    assert "worst classes of student.pt: b 0.0, c 0.0, d 0.0 (" in first
+    assert "worst classes of student.pt: b 0.0 (taken for a 3); c 0.0 (taken for a 1); d" in first
     assert cells(means, "student.pt") == ["student.pt", "2", "25.0 ± 17.7", "87.5 ± 0.0",
                                           "16.7 ± 0.0"]
     assert cells(means, "student_x.pt")[1:3] == ["1", "12.5 ± 0.0"]
 
 
-def test_accuracy_counts_what_the_model_says(chain, toy):
+def test_accuracy_counts_what_the_model_says(chain, toy, tmp_path):
     """The mean over two clips, first and last, in three sizes."""
     videos = tb.read_videos("toy", toy, False)
     saved = load(chain, "student")
     model = tb.load_classifier(saved, CPU)
     args = argparse.Namespace(clips=2, scales=[1, 0.8, 0.7], workers=0, precision="fp32")
-    rows, _ = evaluate.class_probabilities([saved], videos, args, CPU)
+    rows = evaluate.class_probabilities({"student.pt": saved}, videos, args, CPU,
+                                        tmp_path / "predictions.csv")
     right = {}
     for i in range(8):
         p = []
-        for start in (0, len(full_decode(videos.path(i))) - 8):
+        for start in (0, len(tb.decode_frames(videos.path(i), range)) - 8):
             clip = tb.decode_frames(videos.path(i), range(start, start + 8), short_side=20)
             for scale in args.scales:
                 x = tb.to_input([tb.centre_crop(clip, 16, scale)], model)
@@ -145,7 +153,7 @@ def test_teachers_are_combined_by_the_similarity_of_the_test_video(chain, toy):
     rows = evaluate.combine_on_test_videos(p_inv, p_dist, teachers, chain, videos, args, CPU)
     embedders = [evaluate.load_embedder(load(chain, name), CPU) for name in ("inv", "dist")]
     for i in range(8):
-        first = (len(full_decode(videos.path(i))) - 15) // 2
+        first = (len(tb.decode_frames(videos.path(i), range)) - 15) // 2
         clip = tb.decode_frames(videos.path(i), range(first, first + 16), short_side=20)
         clips = [tb.centre_crop(half, 16) for half in clip.split(8)]
         s = 0
@@ -172,16 +180,22 @@ def test_teachers_that_have_moved_find_stage_1_beside_them(chain, tmp_path):
 def test_stage_1_with_different_clips_costs_one_line(chain, toy, tmp_path, capsys, complaint):
     shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
     (tmp_path / "student.pt").unlink()
-    for name in ("inv_ft", "dist", "dist_ft"):
+    for name in ("dist", "dist_ft"):
         saved = load(chain, name)
-        if name != "inv_ft":
-            saved["similarity"] = torch.ones(24, 3, 3)
-        saved["args"]["out"] = str(tmp_path)
+        saved["similarity"] = torch.ones(24, 3, 3)
+        saved["args"] |= {"out": str(tmp_path), "clips": 3}
         torch.save(saved, tmp_path / f"{name}.pt")
     evaluate.main([str(tmp_path), *EVALUATE])
-    reason = "inv_ft.pt and dist_ft.pt come from stage 1 with --clips 2 and 3"
-    assert f"no row for TSTR: {reason}" in capsys.readouterr().out
-    assert reason in complaint(run_stage, "student", toy, tmp_path)
+    assert "no row for TSTR: " in capsys.readouterr().out
+    assert "other --clips" in complaint(run_stage, "student", toy, tmp_path)
+
+
+def test_classifiers_that_want_other_clips_cost_one_line(toy, tmp_path, complaint):
+    make_folder(tmp_path / "data", toy, {"a": 1, "b": 1})
+    save_classifier(tmp_path / "run/x_ft.pt", tmp_path / "data")
+    save_classifier(tmp_path / "run/y_ft.pt", tmp_path / "data", args={"frames": 8, "size": 24})
+    error = complaint(evaluate.main, [str(tmp_path / "run"), *EVALUATE])
+    assert "x_ft.pt and y_ft.pt differ in frames, size" in error
 
 
 # ---- Prediction ----------------------------------------------------------------------------------
@@ -198,7 +212,7 @@ P = [math.exp(-k) / (1 + math.exp(-1) + math.exp(-2)) for k in range(3)]  # of t
 
 
 @pytest.mark.parametrize("flags, file, count", [
-    ([], "predictions.json", 3), (["--topk", 2, "--output", "new/x.csv"], "new/x.csv", 2)])
+    ([], "predictions.csv", 3), (["--topk", 2, "--output", "new/x.csv"], "new/x.csv", 2)])
 def test_prediction_of_one_s_own_videos(flags, file, count, classifier, toy, tmp_path,
                                         monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -213,17 +227,10 @@ def test_prediction_of_one_s_own_videos(flags, file, count, classifier, toy, tmp
     names = [video, os.path.join("clips", "deep", "a: #1, é.avi")]
     assert printed.out.splitlines() == [f"{name}: {best}" for name in names]
     assert os.path.join("clips", "z.avi") in printed.err
-    text = (tmp_path / file).read_text()
-    if file.endswith("json"):
-        *found, bad = json.loads(text)
-        classes = {c: round(p, 4) for c, p in zip("abc", P)}
-        assert found == [{"video": name, "classes": classes, "error": None} for name in names]
-        assert bad["classes"] == {} and bad["error"]
-    else:
-        *found, bad = csv.DictReader(io.StringIO(text))
-        rows = [(p["video"], p["class"], p["probability"], p["error"]) for p in found]
-        assert rows == [(name, c, f"{p:.4f}", "") for name in names for c, p in zip("ab", P)]
-        assert bad["class"] == "" and bad["error"]
+    assert read_predictions(tmp_path / file) == [
+        *(("student.pt", name, "", c, str(round(p, 4)))
+          for name in names for c, p in zip("abc"[:count], P)),
+        ("student.pt", os.path.join("clips", "z.avi"), "", "cannot be decoded", "")]
 
 
 # ---- Mistakes ------------------------------------------------------------------------------------
@@ -267,7 +274,7 @@ def test_nothing_that_can_be_decoded_ends_in_1(classifier, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     ("runs/x", "runs/x: no such run folder; there are runs/one, runs/two"),
-    ("runs/one/inv_ft.pt", "no such checkpoint; finetune.py --init inv.pt writes it"),
+    ("runs/one/inv_ft.pt", "inv_ft.pt: no such checkpoint"),
     ("runs/two", "runs/two: no trained classifier; finetune.py and train_student.py write them"),
     ("data --scales 2", "--scales"),
     ("runs/one --root nowhere", "nowhere"),
@@ -276,8 +283,8 @@ def test_nothing_that_can_be_decoded_ends_in_1(classifier, tmp_path, capsys):
     ("--videos data", "--checkpoint"),
     ("--checkpoint runs/one", "--videos"),
     ("--videos data/no.mp4 --checkpoint runs/one", "data/no.mp4: no such file"),
-    ("--videos data --checkpoint runs/one --output x.txt", ".json or .csv"),
-    ("--videos data --checkpoint runs/two", "student.pt: no such checkpoint; train_student.py"),
+    ("--videos data --checkpoint runs/one --output data/train", "data/train cannot be written"),
+    ("--videos data --checkpoint runs/two", "student.pt: no such checkpoint"),
     ("--videos data --checkpoint runs/two/inv.pt", "inv.pt: no trained classifier")])
 def test_a_mistake_costs_one_line(flags, words, classifier, toy, tmp_path, monkeypatch,
                                  complaint):
@@ -288,13 +295,13 @@ def test_a_mistake_costs_one_line(flags, words, classifier, toy, tmp_path, monke
         shutil.copy(classifier, tmp_path / "runs" / name)
     save_classifier(tmp_path / "runs/two/inv.pt", tmp_path / "data", stage="pretrain_inv")
     assert words in complaint(evaluate.main, [*flags.split(), "--device", "cpu"])
-    assert not list(tmp_path.rglob("*.json"))
+    assert not list(tmp_path.rglob("*.json")) + list(tmp_path.rglob("*.csv"))
 
 
-# ---- docs/: differences, unlabelled videos, two figures of the paper -----------------------------
+# ---- docs/study/: differences, unlabelled videos, two figures of the paper -----------------------
 
 def script(name):
-    spec = importlib.util.spec_from_file_location(name, HERE / f"docs/{name}.py")
+    spec = importlib.util.spec_from_file_location(name, HERE / f"docs/study/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -334,16 +341,16 @@ def test_what_is_known_of_the_unlabelled_videos(chain, capsys):
     args = argparse.Namespace(**load(chain, "inv_ft")["args"])
     groups = {group_of(name) for name in labeled}
     videos = tb.read_videos("toy", args.root, True)
-    rest = [i for i, name in enumerate(videos.names()) if name not in labeled]
-    easy = np.array([group_of(videos.name(i)) in groups for i in rest])
+    rest = [i for i, name in enumerate(videos.names) if name not in labeled]
+    easy = np.array([group_of(videos.names[i]) in groups for i in rest])
     right = {}
     for name in ("student", "inv_ft"):
         model = tb.load_classifier(load(chain, name), CPU)
         best = []
         for i in rest:
-            clip = full_decode(videos.path(i))
+            clip = tb.decode_frames(videos.path(i), range)
             clip = clip[tb.clip_indices(len(clip), args.frames, args.stride)]
-            clip = tb.centre_crop(torch.as_tensor(clip), args.size)
+            clip = tb.centre_crop(clip, args.size)
             best.append(model(tb.to_input([clip], model)).argmax().item())
         right[name] = 100 * (np.array(best) == videos.labels[rest])
     of_student = [right["student"], right["student"][easy], right["student"][~easy]]

@@ -1,12 +1,19 @@
-"""Losses, TSTR, clips and networks: types, inputs that are refused, and the files of --init."""
+"""Losses, TSTR, clips, augmentation and networks: types, corners, inputs that are refused, and the
+files of --init. The losses against loops are in test_common.py."""
 
+import functools
+import math
+
+import numpy as np
 import pytest
 import torch
+import torchvision
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.transforms.v2 import functional as TF
 
 import common as tb
-from conftest import earlier_checkpoints
-from test_common import run_stage
+from conftest import earlier_checkpoints, moving_frames, smooth_clips
+from test_common import hollow, run_stage
 
 FUNCTIONS = {  # each takes (B, n, d) or (B, C), twice
     "invariant": lambda z, _: tb.invariant_loss(z),
@@ -61,19 +68,15 @@ def load(content):
     (tb.invariant_loss, [Z.long()], "int64"),
     (tb.distinctive_loss, [Z, Z, 0.0], "temperature 0.0"),
     (tb.distillation_loss, [Z[:0, 0], Z[:0, 0]], r"\(0, 8\)"),
-    (tb.augment_clips, [[FRAMES, FRAMES], 16, [tb.draw(0)]], "2 clips, 1 generators"),
-    (tb.centre_crop, [FRAMES, 16, 1.5], "scale 1.5"),
+    (tb.augment_clips, [[FRAMES, FRAMES], 16, [tb.rng(0)]], "2 clips, 1 generators"),
+    (tb.centre_crop, [FRAMES, 16, 1.5], "and 1.5"),
     (to_input, [[FRAMES.float()]], "float32"),
-    (tb.cosine_similarity, [Z, Z[:1]], r"\(1, 4, 8\)"),
+    (tb.pairwise_cosine, [Z, Z[:1]], r"\(1, 4, 8\)"),
     (tb.clip_indices, [0, 4], "video of 0 frames"),
     (tb.clip_indices, [64, 16.0], "16.0 frames"),
     (tb.spaced_clips, [100, 0, 8, 1], "0 clips"),
-    (embed, [LONG.transpose(1, 2)], r"\(2, 8, 3, 16, 16\)"),
     (lambda: embed(LONG, num_long=1, slices=3), [], "2 time steps"),
-    (lambda: embed(LONG, num_long=3), [], "3 of 2 clips"),
-    (load, [[1, 2]], "no weights"),
-    (load, [{"fc.bias": Z, "stem.0.weight": torch.ones(12, 3, 3, 7, 7, dtype=torch.int64)}],
-     "stem.0.weight is torch.int64"),
+    (load, [{"state_dict": {}}], "tensors of the network are missing"),
     (tb.labeled_subset, [["a/1.avi", "b/2.avi"], [0, 1], 101], "101 per cent"),
 ])
 def test_other_inputs_are_refused(function, inputs, message):
@@ -82,7 +85,203 @@ def test_other_inputs_are_refused(function, inputs, message):
         function(*inputs)
 
 
-# ---- --init: what other programs write ---------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("z", [
+    torch.ones(2, 2, 4), torch.tensor([[[1.0], [-1]], [[-1], [1]]]), 1e4 * torch.randn(2, 2, 4),
+    torch.zeros(2, 2, 4)], ids=["identical", "opposite", "huge", "zero"])
+def test_losses_and_gradients_are_finite_at_the_corners(z, dtype):
+    for loss in (tb.invariant_loss, lambda z: tb.distinctive_loss(z, z),
+                 lambda z: tb.unpooled_distinctive_loss(z, z)):
+        leaf = z.to(dtype, copy=True).requires_grad_()
+        value = loss(leaf)
+        value.backward()
+        assert value.dtype == torch.float32 and value.isfinite()
+        assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["l2", "kl", "js"])
+def test_distillation_of_one_hot_vectors_is_finite(kind):
+    for dtype in (torch.float32, torch.bfloat16):
+        one_hot = torch.eye(3)[:2].to(dtype)
+        for teacher in (one_hot, one_hot.flip(0)):
+            leaf = one_hot.clone().requires_grad_()
+            value = tb.distillation_loss(leaf, teacher, kind)
+            value.backward()
+            assert value.isfinite() and leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda z: tb.invariant_loss(z[0]), lambda z: tb.invariant_loss(z[:1]),
+    lambda z: tb.invariant_loss(z[:, :1]), lambda z: tb.distinctive_loss(z, z[:2]),
+    lambda z: tb.unpooled_distinctive_loss(z, z[:, :2]),
+    lambda z: tb.temporal_similarity(z[0]), lambda z: tb.similarity_score(z, z[:2]),
+    lambda z: tb.combine_teachers(z[0], z[0], z[0]),
+    lambda z: tb.distillation_loss(z[0], z[1, :2]),
+    lambda z: tb.distillation_loss(z[0], z[1], "l1")])
+def test_wrong_shapes_are_refused(wrong):
+    with pytest.raises(ValueError):
+        wrong(torch.randn(3, 4, 8))
+
+
+@pytest.mark.parametrize("loss, sign", [
+    (lambda z: tb.invariant_loss(z), 1),
+    (lambda z: tb.distinctive_loss(z, z.detach()), -1)], ids=["invariant", "distinctive"])
+def test_a_step_makes_clips_of_a_video_alike_or_different(loss, sign):
+    torch.manual_seed(0)
+    z = (torch.randn(6, 1, 16) + 0.5 * torch.randn(6, 4, 16)).requires_grad_()
+    gradient, = torch.autograd.grad(loss(z), z)
+    before, after = (tb.temporal_similarity(x)[:, ~torch.eye(4, dtype=torch.bool)].mean()
+                     for x in (z, z - 10 * gradient))
+    assert sign * (after - before) > 0.005
+
+
+def test_a_video_without_a_matrix_gets_the_plain_mean():
+    c = {"a": torch.ones(2, 2), "b": 0.5 * torch.ones(2, 2), "d": torch.zeros(2, 2)}
+    s = tb.score_videos(["d", "c", "a"], c, {name: c[name] for name in ("a", "d")})
+    assert s.tolist() == [0, 0.5, 1]
+
+
+def test_clips_that_look_alike_give_the_level_of_chance():
+    B, n, tau = 5, 3, 0.5
+    z = torch.ones(B, n, 8)
+    assert tb.invariant_loss(z, tau).item() == pytest.approx(math.log(2 * B - 1))
+    assert tb.distinctive_loss(z, z, tau).item() == pytest.approx(math.log(2 * n - 1))
+    assert tb.unpooled_distinctive_loss(z, z, tau).item() == pytest.approx(math.log(n))
+
+
+def test_orthogonal_clips_by_hand():
+    B, n, tau = 5, 3, 0.5
+    other = math.exp(-1 / tau)  # a negative's share of the positive
+    z = torch.eye(B)[:, None].expand(B, n, B)  # clips of one video equal, of two orthogonal
+    assert tb.invariant_loss(z, tau).item() == pytest.approx(math.log(1 + 2 * (B - 1) * other))
+    z = torch.eye(n).expand(B, n, n)  # clips of one video orthogonal, both augmentations equal
+    expected = math.log(1 + 2 * (n - 1) * other)
+    assert tb.distinctive_loss(z, z, tau).item() == pytest.approx(expected)
+    expected = math.log(1 + (n - 1) * other)
+    assert tb.unpooled_distinctive_loss(z, z, tau).item() == pytest.approx(expected)
+
+
+def test_the_score_is_clamped_and_leaves_out_the_diagonal():
+    ones = torch.ones(1, 3, 3)
+    diagonal = 99 * torch.eye(3)[None]
+    for c_inv, c_dist, expected in [
+            (ones, ones, 1), (-ones, ones - 1, 0), (1.5 * ones, ones, 1),
+            (0.5 * ones + diagonal, 0.25 * ones - diagonal, 0.375)]:
+        assert tb.similarity_score(c_inv, c_dist).item() == pytest.approx(expected)
+
+
+def test_distillation_by_hand():
+    p = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]])
+    q = torch.tensor([[0.25, 0.25, 0.5], [0.2, 0.3, 0.5]])
+    l2 = 2 * 0.25 ** 2 + 0.5 ** 2
+    kl = 2 * 0.25 * math.log(0.25 / 0.5) + 0.5 * math.log(0.5 / 1e-8)  # from the teacher
+    js = (2 * 0.5 * math.log(0.5 / 0.375) + 2 * 0.25 * math.log(0.25 / 0.375)
+          + 0.5 * math.log(0.5 / 0.25)) / 2
+    for kind, value in {"l2": l2, "kl": kl, "js": js}.items():
+        loss = tb.distillation_loss(p, q, kind).item()
+        assert loss == pytest.approx(value / 2, rel=1e-5)  # the second row is equal
+
+
+# ---- Clips and augmentation ----------------------------------------------------------------------
+
+def test_a_short_video_is_slowed_down_never_dropped():
+    assert tb.clip_indices(100, 4, 2, 0).tolist() == [0, 2, 4, 6]
+    assert tb.clip_indices(100, 4, 2, 1).tolist() == [93, 95, 97, 99]
+    assert tb.clip_indices(14, 8, 2).tolist() == [0, 1, 3, 5, 7, 8, 10, 12]
+
+
+def one_by_one(clip, size, rng, area=0.3, jitter=0.4, hue=0.1, jitter_prob=0.8, grey_prob=0.2):
+    """What augment_clips does, for one clip, in torchvision's words."""
+    clip = clip.permute(0, 3, 1, 2)
+    height, width = clip.shape[2:]
+    pixels = rng.uniform(area, 1) * height * width
+    ratio = math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
+    h = min(height, round(math.sqrt(pixels / ratio)))
+    w = min(width, round(math.sqrt(pixels * ratio)))
+    top = int(rng.integers(height - h + 1))
+    left = int(rng.integers(width - w + 1))
+    clip = TF.resized_crop(clip, top, left, h, w, [size, size], antialias=True)
+    if rng.random() < 0.5:
+        clip = TF.horizontal_flip(clip)
+    if rng.random() < jitter_prob:
+        changes = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
+        amounts = [*rng.uniform(1 - jitter, 1 + jitter, 3), rng.uniform(-hue, hue)]
+        for k in rng.permutation(4):
+            clip = changes[k](clip, float(amounts[k]))
+    if rng.random() < grey_prob:
+        clip = TF.rgb_to_grayscale(clip, num_output_channels=3)
+    return clip
+
+
+@pytest.mark.parametrize("strength", [{}, tb.WEAK], ids=["strong", "weak"])
+def test_clips_together_are_changed_as_each_alone_by_torchvision(strength):
+    clips = smooth_clips(60)
+    together = tb.augment_clips(clips, 24, [tb.rng(0, k) for k in range(60)], **strength)
+    for k, clip in enumerate(clips):
+        alone = one_by_one(clip, 24, tb.rng(0, k), *strength.values())
+        assert (together[k].int() - alone.int()).abs().max() <= 1, k
+
+
+def test_all_frames_of_a_clip_are_changed_alike_and_each_key_in_its_own_way():
+    torch.manual_seed(0)
+    still = torch.randint(256, (1, 40, 56, 3), dtype=torch.uint8).expand(6, -1, -1, -1)
+    clips, again = (tb.augment_clips([still] * 20, 24, [tb.rng(0, k) for k in range(20)])
+                    for _ in range(2))
+    assert clips.shape == (20, 6, 3, 24, 24) and clips.dtype == torch.uint8
+    assert torch.equal(clips, again) and (clips == clips[:, :1]).all()
+    assert len(torch.unique(clips, dim=0)) == 20
+
+
+def test_the_network_s_input_is_the_centre_normalised():
+    clip = moving_frames(6, 40, 56)
+    crop = tb.centre_crop(torch.tensor(clip), 20, 0.5)
+    assert np.array_equal(crop.numpy(), clip[:, 10:30, 18:38].transpose(0, 3, 1, 2))
+    model = tb.build_model("r3d_tiny", 2)
+    x = tb.to_input([crop, crop], model)
+    expected = crop.permute(1, 0, 2, 3) / 255 - model.mean.view(3, 1, 1, 1)
+    expected /= model.std.view(3, 1, 1, 1)
+    assert x.is_contiguous(memory_format=torch.channels_last_3d)
+    assert torch.allclose(x[1], expected, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tb.to_input([crop, crop], model), x.bfloat16())  # rounded once
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arch, dim, frames", [
+    ("r3d_tiny", 96, 4), ("r3d_18", 512, 4), ("slow_r50", 2048, 16)])
+def test_features_are_pooled_over_space_only(arch, dim, frames):
+    model = tb.build_model(arch, 7).eval()
+    x = torch.randn(1, 3, 16, 32, 48)
+    with torch.no_grad():
+        assert model.features(x).shape == (1, dim, frames)
+        assert model(x).shape == (1, 7)
+
+
+def test_projection_head_is_the_paper_s():
+    head = tb.ProjectionHead(2048)
+    kinds = [type(module).__name__ for module in head]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]
+    assert head[3].bias is None
+    assert head(torch.randn(4, 2048)).norm(dim=1).allclose(torch.ones(4))
+
+
+def test_embedder_pools_short_clips_and_slices_long_ones():
+    torch.manual_seed(0)
+    embedder = tb.Embedder(tb.build_model("r3d_tiny", 3)).eval()
+    x = torch.randn(6, 3, 16, 32, 32)
+    z = embedder(x, num_long=2, slices=4)
+    f = embedder.backbone.features(x)
+    assert z.shape == (4 + 2 * 4, 128)
+    assert torch.allclose(z[:4], embedder.head(f[:4].mean(2)), atol=1e-6)
+    for long, t in np.ndindex(2, 4):  # slice t of long clip `long`
+        expected = embedder.head(f[4 + long, :, t][None])[0]
+        assert torch.allclose(z[4 + 4 * long + t], expected, atol=1e-6)
+    for name, p in embedder.backbone.named_parameters():
+        assert p.requires_grad != name.startswith("fc.")  # all but the classifier are trained
+
+
+# ---- --init: what other programs write -----------------------------------------------------------
 
 def tiny_weights(prefix=""):
     torch.manual_seed(1)
@@ -104,19 +303,16 @@ def test_weights_are_found_wherever_they_lie(content):
         assert name.startswith(tb.CLASSIFIERS) or torch.equal(state[name], w)
 
 
-@pytest.mark.parametrize("content, message", [
-    ({"state_dict": None}, "found no weights"),
-    (dict.fromkeys(tiny_weights(), 1.0), "found no weights"),
-    ({**tiny_weights(), "stem.0.weight": None},
-     "71 of 72 tensors fit; stem.0.weight is missing"),
-    ({**tiny_weights(), "stem.0.weight": torch.tensor(0.5)},
-     r"stem.0.weight is torch.float32 \(\), expected"),
-    ({**tiny_weights(), **tiny_weights("model.")}, "several networks"),
-], ids=lambda value: value if isinstance(value, str) else "")
-def test_what_does_not_fit_is_named(content, message):
+@pytest.mark.parametrize("content", [
+    {"state_dict": None},
+    dict.fromkeys(tiny_weights(), 1.0),
+    {key: w for key, w in tiny_weights().items() if key != "stem.0.weight"},
+    {**tiny_weights(), "stem.0.weight": torch.tensor(0.5)},
+], ids=["nothing", "numbers", "one missing", "another shape"])
+def test_what_does_not_fit_is_named(content):
     model = tb.build_model("r3d_tiny", 3)
     before = {name: w.clone() for name, w in model.state_dict().items()}
-    with pytest.raises(tb.UserError, match=f"any.pt: .*{message}"):
+    with pytest.raises(tb.UserError, match="any.pt: .* tensors of the network .*stem.0.weight"):
         tb.start_from(model, "any.pt", content)
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
 
@@ -133,3 +329,38 @@ def test_no_stage_starts_from_random_weights_unasked(stage, flags, chain, toy, t
         before = set(tmp_path.glob("*.pt"))
         assert f"{file}: " in complaint(run_stage, stage, toy, tmp_path, "--init", file, *flags)
         assert set(tmp_path.glob("*.pt")) == before
+
+
+@functools.cache
+def torchvision_weights():
+    torch.manual_seed(1)
+    return torchvision.models.video.r3d_18(num_classes=400).state_dict()
+
+
+def public_checkpoint(form):
+    """The network, its plain state dict and the content of a file as torchvision & co. publish."""
+    if form == "pytorchvideo":
+        torch.manual_seed(1)
+        weights = tb.build_model("slow_r50", 400).state_dict()
+        return "slow_r50", weights, {"model_state": weights}
+    weights = torchvision_weights()
+    if form == "torchvision":
+        return "r3d_18", weights, weights
+    tclr = {f"module.{1 if key.startswith('fc') else 0}.{key}": w for key, w in weights.items()}
+    return "r3d_18", weights, {"state_dict": tclr, "epoch": 3}
+
+
+@pytest.mark.parametrize("form", ["torchvision", "pytorchvideo", "tclr"])
+def test_public_weights_are_taken_but_for_the_classifier(form):
+    arch, public, content = public_checkpoint(form)
+    model = hollow(tb.build_model, arch, 7).to_empty(device="cpu")
+    for w in model.state_dict().values():
+        w.fill_(7)
+    tb.load_backbone(model, content)
+    for key, w in model.state_dict().items():
+        if key.startswith(("fc.", "blocks.5.proj.")):
+            assert (w == 7).all()
+        elif form == "tclr" and key == "stem.0.weight":
+            assert torch.equal(w, public[key].flip(1))  # TCLR read BGR frames
+        else:
+            assert torch.equal(w, public[key])

@@ -2,103 +2,134 @@
 them cost one line, and exit status 2; every command of the table of ablations runs."""
 
 import re
+import shlex
 import shutil
 
 import pytest
 import torch
 
+import common as tb
 import finetune
 import pretrain_dist
 import pretrain_inv
 import train_student
-from test_common import HERE, TINY, load, run_stage
+from test_common import HERE, STAGES, TINY, load, run_stage
 
 
-@pytest.mark.parametrize("videos, flags, batch, epochs", [
-    (100, [], 8, 416), (100, ["--batch", "20"], 20, 1000), (999, [], 8, 250),
-    (1000, [], 40, 250)])
-def test_a_small_folder_has_small_batches_and_5000_steps(videos, flags, batch, epochs, tmp_path,
-                                                         capsys):
-    """By the settings that it prints, before it finds out that all videos are empty."""
-    (tmp_path / "train/c").mkdir(parents=True)
-    for i in range(videos):
-        (tmp_path / f"train/c/{i}.mp4").touch()
-    with pytest.raises(SystemExit):
-        pretrain_inv.main(["--data", "folder", "--root", str(tmp_path), "--arch", "r3d_tiny",
-                           "--device", "cpu", "--precision", "fp32", "--workers", "0",
-                           "--out", str(tmp_path), *flags])
-    settings = capsys.readouterr().out.split("settings:")[1]
-    assert f"--batch {batch} " in settings and f"--epochs {epochs} " in settings
-
-
-def test_later_stages_take_settings_from_checkpoints(chain, toy, tmp_path, capsys):
+def test_later_stages_take_settings_from_checkpoints_and_a_flag_overrides_them(chain, tmp_path,
+                                                                              capsys):
     shutil.copy(chain / "inv.pt", tmp_path)
-    finetune.main(["--init", "inv.pt", "--epochs", "1", "--batch", "8", "--device", "cpu",
+    finetune.main(["--init", "inv.pt", "--size", "24", "--epochs", "1", "--device", "cpu",
                    "--workers", "0", "--out", str(tmp_path)])
     made = load(chain, "inv")["args"]
     taken = load(tmp_path, "inv_ft")["args"]
-    assert all(taken[key] == made[key] for key in ("data", "root", "arch", "size"))
-    assert "--size 16" in capsys.readouterr().out
+    assert all(taken[key] == made[key] for key in ("data", "root", "arch"))
+    assert (made["size"], taken["size"]) == (16, 24)
+    assert "--size 24 in place of 16, of inv.pt" in capsys.readouterr().out
 
 
 def test_every_command_of_the_ablations_table_runs_in_order(chain, toy, tmp_path):
     """Pasted one after the other into one folder: none is refused, each writes its own file."""
-    for name in ("inv", "dist", "inv_ft", "dist_ft", "student"):  # the first line's
+    for name in ("inv", "dist"):  # the others are made again, of one epoch
         shutil.copy(chain / f"{name}.pt", tmp_path)
-    programs = {"pretrain_inv.py": pretrain_inv, "pretrain_dist.py": pretrain_dist,
-                "finetune.py": finetune, "train_student.py": train_student}
-    text = "".join(path.read_text() for path in sorted(HERE.glob("*/*.md")))
+    programs = {f"{module.__name__}.py": module for module, _ in STAGES.values()}
     commands = []
-    for row in re.findall(r"^\| \d \(?.*?$", text, re.M):
+    for row in re.findall(r"^\| \d .*", (HERE / "docs/study.md").read_text(), re.M):
         commands += re.findall(r"`(\w+\.py [^`]*)`", row)
     assert len(commands) == 30
+    before = {}
     for command in commands:
         program, *flags = command.split()
         if program.startswith("pretrain") and "--clips" not in flags:
             flags += ["--clips", "2"]
-        before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
-        programs[program].main([*TINY, "--root", str(toy), "--out", str(tmp_path), *flags])
-        assert before.items() <= {
-            path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}.items()
-    assert len(list(tmp_path.glob("*.pt"))) == 5 + 30 - 2  # two teachers were there
+        flags += ["--root", str(toy), "--out", str(tmp_path), "--epochs", "1", "--batch", "12"]
+        programs[program].main([*TINY, *flags])
+        after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
+        assert before.items() < after.items(), command
+        before = after
+    assert len(before) == 2 + 30
+
+
+def test_settings_can_be_pasted_back(toy, tmp_path, capsys):
+    """The printed flags, with another folder, make the same run."""
+    run_stage("inv", toy, tmp_path / "a b", "--warmup", 0, "--seed", 0, "--epochs", 1)
+    settings = capsys.readouterr().out.split("settings: ")[1].splitlines()[0]
+    assert "--warmup 0 " in settings and "--seed 0 " in settings
+    flags = shlex.split(settings)
+    flags[flags.index("--out") + 1] = str(tmp_path / "again")
+    pretrain_inv.main(flags)
+    first, second = (load(tmp_path / out, "inv")["args"] for out in ("a b", "again"))
+    assert {**first, "out": None} == {**second, "out": None}
+
+
+@pytest.mark.parametrize("stage", ["inv", "dist"])
+def test_stage_1_starts_from_given_weights(stage, toy, tmp_path, capsys, complaint):
+    torch.manual_seed(1)
+    model = tb.build_model("r3d_tiny", 400)  # as public weights: other classes
+    torch.save({"state_dict": {f"module.{k}": w for k, w in model.state_dict().items()}},
+               tmp_path / "public.pth")
+    public = str(tmp_path / "public.pth")
+    run_stage(stage, toy, tmp_path, "--init", public, "--lr", 0, "--epochs", 1)
+    assert f"from {public}" in capsys.readouterr().out
+    saved = load(tmp_path, stage)["model"]
+    for name, weight in model.named_parameters():
+        assert name.startswith("fc.") or torch.equal(saved[name], weight), name
+    # without them it is another run
+    assert "init" in complaint(run_stage, stage, toy, tmp_path, "--lr", 0, "--epochs", 1)
+
+
+def test_videos_without_a_similarity_are_counted(chain, toy, tmp_path, capsys):
+    """As if one had been added after stage 1."""
+    for name in ("inv_ft", "dist_ft"):
+        saved = load(chain, name)
+        saved["similarity_names"] = saved["similarity_names"][1:]
+        saved["similarity"] = saved["similarity"][1:]
+        torch.save(saved, tmp_path / f"{name}.pt")
+    shutil.copy(chain / "dist.pt", tmp_path)
+    run_stage("student", toy, tmp_path, "--epochs", 1)
+    assert "1 of 24 videos have no similarity from stage 1 (added since" in capsys.readouterr().out
 
 
 # ---- Mistakes ------------------------------------------------------------------------------------
 
-@pytest.fixture
-def mistaken(chain, tmp_path):
+@pytest.fixture(scope="module")
+def mistaken(chain, tmp_path_factory):
     """A copy of the chain without student.pt, among files that no stage can use."""
-    shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "student.pt").rename(tmp_path / "again.pt")
-    (tmp_path / "hollow/train/class").mkdir(parents=True)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty/list.txt").touch()
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad/broken.pt").write_bytes((tmp_path / "inv.pt").read_bytes()[:5000])
-    (tmp_path / "bad/text.pt").write_text("no tensors")
-    other = load(chain, "inv_ft")
-    torch.save({**other, "classes": other["classes"][:5]}, tmp_path / "bad/other.pt")
-    return tmp_path
+    folder = tmp_path_factory.mktemp("mistaken")
+    shutil.copytree(chain, folder, dirs_exist_ok=True)
+    (folder / "student.pt").rename(folder / "again.pt")
+    (folder / "hollow/train/class").mkdir(parents=True)
+    (folder / "empty.txt").touch()
+    (folder / "broken.pt").write_bytes((folder / "inv.pt").read_bytes()[:5000])
+    (folder / "text.pt").write_text("no tensors")
+    teacher = load(chain, "inv_ft")
+    torch.save({**teacher, "classes": teacher["classes"][:5]}, folder / "other.pt")
+    torch.save({**teacher, "finished": False}, folder / "begun.pt")
+    return folder
 
 
 MISTAKES = {  # the flags, and what the line names
     pretrain_inv: {
         "--data ucf102": "--data", "--frames x": "--frames", "--lr nan": "--lr",
-        "--batch 25": "--batch 25", "--what": "--what", "--percent 5": "--percent",
-        "--data ucf101 --root /nowhere": "/nowhere",
+        "--batch 1": "--batch 1", "--batch 25": "--batch 25", "--what": "--what",
+        "--percent 5": "--percent", "--data ucf101 --root /nowhere": "/nowhere",
         "--data kinetics400 --root OUT/hollow": "no training videos",
-        "--out OUT/inv.pt/x": "cannot be written"},
-    pretrain_dist: {"--frames 8": "--frames 8", "--clips 3": "--clips 3"},
+        "--data toy --root OUT": "is not empty", "--out OUT/inv.pt/x": "cannot be written"},
+    pretrain_dist: {
+        "--frames 8": "leave 2 time steps", "--clips 3": "--clips 3",
+        "--frames 4 --arch r3d_18": "leave 1 time steps"},  # of one pixel each
     finetune: {
-        "--percent 101": "--percent", "--init no.pt": "no.pt", "--out OUT/none": "pretrain_inv.py",
-        "--init again.pt": "again.pt", "--init OUT/bad/broken.pt": "broken.pt",
-        "--init OUT/bad/text.pt": "text.pt", "--size 24": "--size",
-        "--labeled-list no.txt": "no.txt", "--labeled-list OUT/empty/list.txt": "names no video",
+        "--percent 101": "--percent", "--init no.pt": "no.pt", "--out OUT/none": "inv.pt",
+        "--init again.pt": "again.pt", "--init broken.pt": "broken.pt",
+        "--init text.pt": "text.pt", "--arch r3d_18": "--arch r3d_18 contradicts inv.pt",
+        "--labeled-list no.txt": "no.txt", "--labeled-list OUT/empty.txt": "names no video",
         "--percent 5 --labeled-list no.txt": "--labeled-list"},
     train_student: {
         "--teachers inv.pt dist.pt": "inv.pt", "--teachers inv_ft.pt inv_ft.pt": "--teachers",
-        "--teachers OUT/bad/other.pt": "classes", "--reweight 2": "--reweight",
-        "--init nothing.pt": "nothing.pt", "--percent 50": "--percent",
+        "--teachers other.pt": "classes", "--teachers begun.pt": "unfinished",
+        "--reweight 2": "--reweight", "--init nothing.pt": "nothing.pt",
+        "--percent 50": "--percent 50.0 contradicts inv_ft.pt, made with 6",
+        "--subset-seed 1": "--subset-seed 1", "--labeled-list no.txt": "contradicts inv_ft.pt",
         "--batch 25": "unlabelled videos"},
 }
 
@@ -106,14 +137,15 @@ MISTAKES = {  # the flags, and what the line names
 @pytest.mark.parametrize("module, flags, word", [
     pytest.param(module, *case, id=f"{module.__name__} {case[0]}")
     for module, cases in MISTAKES.items() for case in cases.items()])
-def test_a_mistake_costs_one_line(module, flags, word, mistaken, toy, complaint):
+def test_a_mistake_costs_one_line(module, flags, word, mistaken, toy, monkeypatch, complaint):
     """Those of evaluate.py are in test_evaluate.py."""
-    argv = [*flags.replace("OUT", str(mistaken)).split(), "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", [f"{module.__name__}.py"])
+    argv = [*flags.replace("OUT", str(mistaken)).split(), "--device", "cpu", "--workers", "0"]
     argv += [] if "--out" in argv else ["--out", str(mistaken)]
     argv += [] if "--root" in argv else ["--root", str(toy)]
     argv += ["--restart"] if module in (pretrain_inv, pretrain_dist) else []
     error = complaint(module.main, argv)
-    assert word in error and error.startswith(module.__name__)
+    assert word in error and error.startswith(f"{module.__name__}.py: "), error
 
 
 def test_bf16_on_a_cpu_needs_amx(toy, tmp_path, monkeypatch, complaint):

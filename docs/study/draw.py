@@ -4,7 +4,7 @@ Reads results.json, which evaluate.py writes, and both teachers of each folder. 
 the difference of the two teachers in each class (mean over all folders), and similarity.png, the
 clips and similarity matrices of three videos of the first folder.
 
-    python docs/draw.py runs/study-*       # writes both pictures into docs/
+    python docs/study/draw.py runs/study-*       # writes both pictures into docs/
 """
 
 import argparse
@@ -13,11 +13,11 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common import (
-    UserError, command, decode_frames, find_checkpoint, paired_similarity, read_checkpoint,
-    read_videos, similarity_score, spaced_clips, write_atomically)  # before torch: see its imports
+    UserError, command, decode_frames, read_checkpoint, read_videos, similarity_score, spaced_clips,
+    write_atomically)  # before torch: see its imports
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     parser.add_argument("--root", help="folder of the data set (default: as in training)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1])
     args = parser.parse_args(argv)
     values = []  # of each folder and class: mean s, both accuracies
     for folder in args.folders:
@@ -46,13 +46,16 @@ def main(argv=None):
         p_inv, p_dist = (per_class[name] for name in TEACHERS)
         teachers = {}
         for name in TEACHERS:
-            teachers[name] = read_checkpoint(find_checkpoint(name, folder), ["finetune"])
-        names, c_inv, c_dist = paired_similarity(teachers)
+            teachers[name] = read_checkpoint(name, folder, ["finetune"])
+        of_inv, of_dist = (dict(zip(saved["similarity_names"], saved["similarity"]))
+                           for saved in teachers.values())
+        names = [name for name in of_inv if name in of_dist]
+        c_inv, c_dist = (torch.stack([of[name] for name in names]) for of in (of_inv, of_dist))
         s = similarity_score(c_inv, c_dist)
         trained = teachers[TEACHERS[0]]["args"]
         videos = read_videos(trained["data"], args.root or trained["root"], True,
                              trained["split"], trained["pool"])
-        label_of = dict(zip(videos.names(), videos.labels))
+        label_of = dict(zip(videos.names, videos.labels))
         labels = torch.tensor([label_of[name] for name in names])
         mean_s = [s[labels == videos.classes.index(c)].mean() for c in p_inv]
         values.append(list(zip(mean_s, p_inv.values(), p_dist.values())))

@@ -4,8 +4,8 @@ Reads results.json of each folder, which evaluate.py writes. Prints, over all fo
 the standard deviation of each difference, the 95 % interval of the mean (Student's t), and the
 number of folders in which the difference is above 0.
 
-    python docs/intervals.py runs/study-* --against labeled_only.pt student_mean.pt
-    python docs/intervals.py docs/study/seed-*.json --against student_random_alone.pt
+    python docs/study/intervals.py runs/study-* --against labeled_only.pt student_mean.pt
+    python docs/study/intervals.py docs/study/seed-*.json --against student_random_alone.pt
 """
 
 import argparse
@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common import UserError, command  # before numpy and torch: see its imports
 

@@ -3,22 +3,22 @@
 # the other rows three. Each seed also has its own labelled videos. If the script is stopped, the
 # same command goes on. Run it from the root of the repository:
 #
-#     sh docs/study.sh                 # two seeds at a time; PROCESSES=8 for eight
+#     sh docs/study/study.sh                 # two seeds at a time; PROCESSES=8 for eight
 set -e
 export OMP_NUM_THREADS=1
 if [ $# = 0 ]; then
     python -c "import common; common.render_toy('data/study', test=1000)"
     seq 0 19 | xargs -P "${PROCESSES:-2}" -I{} sh "$0" {}
     torchrun --nproc-per-node "${PROCESSES:-2}" evaluate.py runs/study-* --clips 5 --scales 1
-    python docs/intervals.py runs/study-* \
+    python docs/study/intervals.py runs/study-* \
         --against labeled_only.pt student_alone_dist.pt student_random_alone.pt \
         student_random_mean.pt student_mean.pt student_random.pt student_random_inv.pt \
         student_random_dist.pt "teachers, mean" "teachers, TSTR"
-    python docs/intervals.py runs/study-[0-2] \
+    python docs/study/intervals.py runs/study-[0-2] \
         --against student_alone_both.pt both_ft.pt student_alone_dist.pt student.pt \
         student_both_mean.pt student_both_inv.pt student_both_dist.pt student_inv_inv.pt \
         student_dist_dist.pt student_kl.pt student_js.pt inv_n2_ft.pt dist_n2_ft.pt
-    python docs/draw.py runs/study-*
+    python docs/study/draw.py runs/study-*
     exit
 fi
 

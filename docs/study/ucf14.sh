@@ -4,7 +4,7 @@
 # README). If the script is stopped, the same command goes on. Run it from the root of the
 # repository:
 #
-#     sh docs/ucf14.sh                 # two processes at a time; PROCESSES=8 for eight
+#     sh docs/study/ucf14.sh                 # two processes at a time; PROCESSES=8 for eight
 set -e
 export OMP_NUM_THREADS=1
 settings="--data ucf101 --root data/ucf14 --arch r3d_tiny --size 32 --workers 1"
@@ -24,16 +24,16 @@ if [ $# = 0 ]; then
     done; done; done | xargs -P "${PROCESSES:-2}" -L 1 sh "$0"
     python evaluate.py runs/ucf14-?-*-* --clips 5 --scales 1
     for percent in 5 20; do
-        python docs/intervals.py runs/ucf14-?-?-$percent --against labeled_only.pt \
+        python docs/study/intervals.py runs/ucf14-?-?-$percent --against labeled_only.pt \
             student_alone.pt student_alone_dist.pt student_alone_inv.pt student_alone_both.pt \
             dist_ft.pt inv_ft.pt student_dist.pt student_inv.pt student_mean_dist.pt \
             student_mean_inv.pt student_mean_both.pt "teachers, mean" "teachers, TSTR"
         for start in dist inv both; do
             [ $start = both ] && seed=0 || seed=?
-            python docs/unlabeled.py runs/ucf14-$seed-?-$percent \
+            python docs/study/unlabeled.py runs/ucf14-$seed-?-$percent \
                 --rows student_$start.pt student_alone_$start.pt
         done
-        python docs/draw.py runs/ucf14-?-?-$percent --out docs/ucf14-$percent
+        python docs/study/draw.py runs/ucf14-?-?-$percent --out docs/ucf14-$percent
     done
     exit
 fi

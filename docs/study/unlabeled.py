@@ -6,33 +6,33 @@ standard deviation over run folders: the accuracy on all unlabelled videos, on t
 group and on the others; the confidence, which is the probability of the predicted class; and the
 accuracy on all minus that of the last of --rows. One clip in the middle of each video.
 
-    python docs/unlabeled.py runs/ucf14-?-?-20 --rows student_dist.pt student_alone_dist.pt
+    python docs/study/unlabeled.py runs/ucf14-?-?-20 --rows student_dist.pt student_alone_dist.pt
 """
 
+import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common import (
-    Parser, Videos, combine_teachers, command, default_precision, find_labeled, machine_arguments,
-    prepare, print0, read_checkpoint, read_videos)  # before torch: see its imports
+    Videos, combine_teachers, command, default_precision, find_labeled, new_parser, prepare, print0,
+    read_checkpoint, read_videos)  # before torch: see its imports
 
 import numpy as np
 import torch
 
-from docs.intervals import compare
+from docs.study.intervals import compare
 from evaluate import TEACHERS, class_probabilities, print_table, spread
-from train_student import score_videos
+from train_student import weigh_videos
 
 
 @command
 def main(argv=None):
-    parser = Parser(__doc__, parents=[machine_arguments()])
+    parser = new_parser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="run folders")
     parser.add_argument("--rows", nargs="+", default=["student.pt", "student_alone_dist.pt"],
-                        metavar="CHECKPOINT", help="classifiers, beside both teachers "
-                        "(default: student.pt student_alone_dist.pt)")
+                        metavar="CHECKPOINT", help="classifiers, beside both teachers")
     args = parser.parse_args(argv)
     device = prepare(args)
     args.precision = args.precision or default_precision(args.device)
@@ -43,19 +43,19 @@ def main(argv=None):
     for folder in args.folders:
         saved = {}
         for name in (*TEACHERS, *args.rows):
-            saved[name] = read_checkpoint(folder / name, ["finetune", "student"])
+            saved[name] = read_checkpoint(name, folder, ["finetune", "student"])
         trained = saved[TEACHERS[0]]["args"]
         videos = read_videos(trained["data"], trained["root"], True, trained["split"])
         labeled = find_labeled(videos, saved)
-        groups = {group_of(videos.name(i)) for i in labeled}
+        groups = {group_of(videos.names[i]) for i in labeled}
         ids = np.setdiff1d(np.arange(len(videos)), labeled)
-        unlabeled = Videos(videos.folder, [videos.name(i) for i in ids], videos.labels[ids],
+        unlabeled = Videos(videos.folder, [videos.names[i] for i in ids], videos.labels[ids],
                            videos.classes)
-        found, _ = class_probabilities(list(saved.values()), unlabeled, args, device)
-        names = [unlabeled.name(i) for i in found]
+        found = class_probabilities(saved, unlabeled, args, device, os.devnull)
+        names = [unlabeled.names[i] for i in found]
         labels = unlabeled.labels[list(found)]
         p = dict(zip(saved, torch.stack(list(found.values()), 1)))
-        s = score_videos("tstr", {name: saved[name] for name in TEACHERS}, names)
+        s = weigh_videos("tstr", {name: saved[name] for name in TEACHERS}, names)
         p["teachers, TSTR"] = combine_teachers(*(p[name] for name in TEACHERS), s)
         easy = np.array([group_of(name) in groups for name in names])
         labeled_groups.append(100 * easy.mean())
