@@ -220,8 +220,8 @@ def score_videos(names, c_inv, c_dist):
     known = [k for k, name in enumerate(names) if name in c_inv and name in c_dist]
     score = torch.full((len(names),), 0.5)
     if known:
-        score[known] = similarity_score(torch.stack([c_inv[names[k]] for k in known]),
-                                        torch.stack([c_dist[names[k]] for k in known]))
+        c_inv, c_dist = (torch.stack([c[names[k]] for k in known]) for c in (c_inv, c_dist))
+        score[known] = similarity_score(c_inv, c_dist).to(score)
     return score
 
 
@@ -595,30 +595,34 @@ def decode(packets):
 def pick_frames(frames, start, wanted, short_side):
     """(uint8 (T, H, W, 3) of the wanted frames, None if one is missing; count of frames so far).
     start: index of the first frame."""
-    missing = set(wanted.tolist())
+    places = {}  # of each wanted frame in the result
+    for place, index in enumerate(wanted.tolist()):
+        places.setdefault(index, []).append(place)
     out = None
     count = start
     # One for all frames: PyAV's default is one for each, 4 times slower.
     scaler = av.video.reformatter.VideoReformatter()
     for index, frame in enumerate(frames, start):
         count = index + 1
-        if index in missing:
-            if out is None:  # the first frame settles the size, should it change within the file
+        if index in places:
+            if out is None:  # the first frame settles size and orientation
                 scale = min(1, (short_side or math.inf) / min(frame.height, frame.width))
                 size = round(frame.width * scale), round(frame.height * scale)
+                matrix = frame.side_data.get("DISPLAYMATRIX")
             rgb = scaler.reformat(frame, *size, "rgb24", threads=1).to_ndarray()
-            rgb = turn_upright(rgb, frame.side_data.get("DISPLAYMATRIX"))
+            if matrix:
+                rgb = turn_upright(rgb, matrix)
             if out is None:
                 out = np.empty((len(wanted), *rgb.shape), np.uint8)
-            out[wanted == index] = rgb
-            missing.remove(index)
-    return None if missing else torch.from_numpy(out), count
+            for place in places.pop(index):
+                out[place] = rgb
+    return None if places else torch.from_numpy(out), count
 
 
 def turn_upright(picture, matrix):
     """Turn and mirror a picture (H, W, C) to the nearest quarter turn, as players do. Its display
     matrix maps (x, y) to (a x + c y, b x + d y)."""
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] if matrix else (1, 0, 0, 0, 1)
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
     if abs(b) > abs(a):
         picture, a, d = picture.swapaxes(0, 1), c, b
     return picture[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
@@ -664,22 +668,15 @@ def augment_clips(clips, size, rngs, area=0.3, jitter=0.4, hue=0.1, jitter_prob=
     one for each clip. area: the crop keeps at least this share of the frame. jitter: largest change
     of brightness, contrast and saturation, as a share. hue: largest hue shift, as a share of the
     colour circle. jitter_prob, grey_prob: probabilities. Returns uint8 (N, T, 3, size, size).
-    ValueError for another number, shape or type.
-
-    Each clip costs one or two kernels, for its crop. Then each change of colour is made at once for
-    all clips that get it at the same place of their random order."""
+    ValueError for another number, shape or type."""
     if len({len(clip) for clip in clips}) != 1 or len(clips) != len(rngs):
         raise ValueError(f"{len(clips)} clips, {len(rngs)} generators: expected clips of one "
                          "length, and a generator for each")
     if any(clip.shape[3:] != (3,) or clip.dtype != torch.uint8 for clip in clips):
         raise ValueError("expected clips of uint8 (T, H, W, 3)")
     crops = []
-    flipped = []
-    grey = []
-    # By place in the order and change: the clips that get this change there, all at once.
-    changed = {(place, change): [] for place in range(4) for change in range(4)}
-    amounts = np.zeros((len(clips), 4))  # of brightness, contrast, saturation, hue
-    for i, (clip, rng) in enumerate(zip(clips, rngs)):
+    changes = np.tile([1.0, 1.0, 1.0, 0.0], (len(clips), 1))
+    for clip, rng, change in zip(clips, rngs, changes):
         height, width = clip.shape[1:3]
         pixels = rng.uniform(area, 1) * height * width
         ratio = math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
@@ -690,76 +687,37 @@ def augment_clips(clips, size, rngs, area=0.3, jitter=0.4, hue=0.1, jitter_prob=
         crop = clip[:, top:top + h, left:left + w].permute(0, 3, 1, 2)
         if crop.is_cuda:
             crop = crop.float()  # only a CPU scales uint8
-        crops.append(F.interpolate(crop, (size, size), mode="bilinear", antialias=True))
-        if rng.random() < 0.5:
-            flipped.append(i)
+        crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
+        crops.append(crop.flip(-1) if rng.random() < 0.5 else crop)
         if rng.random() < jitter_prob:
-            amounts[i, :3] = rng.uniform(1 - jitter, 1 + jitter, 3)
-            amounts[i, 3] = rng.uniform(-hue, hue)
-            for place, change in enumerate(rng.permutation(4)):
-                changed[place, change].append(i)
+            change[:3] = rng.uniform(1 - jitter, 1 + jitter, 3)
+            change[3] = rng.uniform(-hue, hue)
         if rng.random() < grey_prob:
-            grey.append(i)
-
-    x = torch.stack(crops)
-    if x.is_floating_point():
-        x = x.round_().clamp_(0, 255).to(torch.uint8)
-    # One copy to the device for all lists, and the host does not wait for it.
-    groups = [flipped, *changed.values(), grey]
-    ids = torch.tensor(sum(groups, [])).to(x.device, non_blocking=True)
-    flipped, *changed, grey = ids.split([len(group) for group in groups])
-    amounts = torch.from_numpy(amounts).to(x.device, non_blocking=True)  # float64
-    amounts = amounts[..., None, None, None, None]  # (N, 4, 1, 1, 1, 1)
-    if len(flipped):
-        x[flipped] = x[flipped].flip(-1)
-    for k, ids in enumerate(changed):
-        change = k % 4
-        if len(ids):
-            x[ids] = CHANGES[change](x[ids], amounts[ids, change])
-    if len(grey):
-        x[grey] = luminance(x[grey]).to(torch.uint8)
-    return x
+            change[2] = 0
+    return change_colours(torch.stack(crops), *changes.T)
 
 
-def luminance(x):
-    """Uint8 (..., 3, H, W) -> float32 (..., 1, H, W), whole numbers."""
-    r, g, b = x.unbind(-3)
-    return (0.2989 * r + 0.587 * g + 0.114 * b).floor_().unsqueeze(-3)
+def change_colours(x, brightness, contrast, saturation, hue):
+    """One affine map of RGB for each clip: (N, T, 3, H, W) from 0 to 255 -> uint8.
 
-
-def blend(x, other, factor):
-    x = (x * factor.float()).addcmul_(other, (1 - factor).float())
-    return x.clamp_(0, 255).to(torch.uint8)
-
-
-def change_brightness(x, factor):
-    return (x * factor.float()).clamp_(0, 255).to(torch.uint8)
-
-
-def change_contrast(x, factor):
-    return blend(x, luminance(x).mean((-3, -2, -1), keepdim=True), factor)
-
-
-def change_saturation(x, factor):
-    return blend(x, luminance(x), factor)
-
-
-def change_hue(x, shift):
-    """shift: as a share of the colour circle."""
-    x = x / 255
-    r, g, b = x.split(1, -3)
-    value = x.amax(-3, keepdim=True)
-    chroma = value - x.amin(-3, keepdim=True)
-    divisor = torch.where(chroma == 0, 1, chroma)
-    hue = torch.where(value == r, (g - b) / divisor,
-                      torch.where(value == g, (b - r) / divisor + 2, (r - g) / divisor + 4))
-    sector = 5 - 2 * torch.arange(3, device=x.device).view(3, 1, 1)  # of red, green, blue
-    k = (sector + hue + 6 * shift.float()) % 6
-    x = value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
-    return (x * 255.999).to(torch.uint8)  # as torchvision rounds
-
-
-CHANGES = [change_brightness, change_contrast, change_saturation, change_hue]
+    Each change is an array (N,): a factor of brightness, of contrast about mid-grey and of
+    saturation (0: greyscale, by the luma of Rec. 601), and a hue shift as a share of the colour
+    circle: a rotation about the grey axis."""
+    luma = np.array([0.299, 0.587, 0.114])
+    across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # the grey axis x RGB
+    angle, factor, gain = (v[:, None, None] for v in (2 * math.pi * hue, saturation,
+                                                      brightness * contrast))
+    turn = np.cos(angle) * np.eye(3) + (1 - np.cos(angle)) / 3 + np.sin(angle) * across
+    matrix = gain * (turn @ (factor * np.eye(3) + (1 - factor) * luma))  # (N, 3, 3)
+    offset = 127.5 * (1 - contrast)[:, None, None] + 0.5  # to round
+    matrix, offset = (torch.from_numpy(v.astype(np.float32)).to(x.device, non_blocking=True)
+                      for v in (matrix, offset))
+    out = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    for clips, m, o, into in zip(*(v.split(32) for v in (x, matrix, offset, out))):
+        rgb = clips.transpose(1, 2).flatten(2).float()  # (32, 3, T * H * W)
+        rgb = torch.baddbmm(o, m, rgb).clamp_(0, 255)
+        into.copy_(rgb.view(clips.transpose(1, 2).shape).transpose(1, 2))
+    return out
 
 
 def centre_crop(clip, size, scale=1.0):
@@ -1130,8 +1088,7 @@ def render_toy(root, train=400, test=200):
 def encode_video(path, frames):
     """uint8 (T, H, W, 3) -> MPEG-4 in an AVI container, as UCF101's files are."""
     with av.open(str(path), "w", format="avi") as container:
-        options = {"qscale": "3", "threads": "1"}
-        stream = container.add_stream("mpeg4", rate=25, options=options)
+        stream = container.add_stream("mpeg4", rate=25, options={"threads": "1"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for array in frames:
@@ -1360,7 +1317,7 @@ class Batches:
         for step in range(first, last):
             batch = Batch([], [], [])
             for key, i, frames, bad in itertools.islice(loader, self.share):
-                self.replaced += len(bad)
+                self.replaced += bool(bad)
                 for j in bad.keys() - self.unreadable:
                     self.unreadable.add(j)
                     print(f"warning: {self.videos.path(j)}: {bad[j]}; another video replaces it",
@@ -1415,11 +1372,13 @@ class State:
         if self.path.exists() and not args.restart:
             self.resume()
         self.stream = batches.stream(self.steps_done(), self.steps_in_run)
+        if not self.finished:
+            self.write_log()  # so that a folder that cannot be written is found at the start
 
     def resume(self):
         saved = read_checkpoint(self.path, finished=False)
         made_with = {**saved.get("args", {}), **saved}
-        for key, value in {**self.metadata, **vars(self.args)}.items():
+        for key, value in {**vars(self.args), **self.metadata}.items():
             before = made_with.get(key)
             if key not in FREE_ARGUMENTS and before != value:
                 raise UserError(f"{self.path} was made with {key} {str(before)[:60]}, not "
@@ -1502,8 +1461,11 @@ class State:
         }
         print0(f"{self.args.name}:", ", ".join(f"{k} {v:.4g}" for k, v in line.items()))
         self.log.append(json.dumps(line))
-        write_text(self.path.with_suffix(".log"), "\n".join(self.log) + "\n")
+        self.write_log()
         return means
+
+    def write_log(self):
+        write_text(self.path.with_suffix(".log"), "\n".join(self.log) + "\n")
 
     def save(self):
         """Write the checkpoint."""
@@ -1701,7 +1663,8 @@ def map_videos(function, videos, indices, group_size, size, workers, device, tit
     if world_size() > 1:
         # One tensor per process: pickling a row for each of 240,000 videos takes half a minute.
         everyone = [None] * world_size()
-        dist.all_gather_object(everyone, (list(rows), torch.stack(list(rows.values()))))
+        stacked = torch.stack(list(rows.values())) if rows else ()
+        dist.all_gather_object(everyone, (list(rows), stacked))
         rows = {i: row for numbers, values in everyone for i, row in zip(numbers, values)}
     return dict(sorted(rows.items()))
 
@@ -1869,7 +1832,7 @@ def stage_parser(stage, description):
 
 # What stages 2 and 3 take from the checkpoints they read, if no flag says otherwise.
 INHERITED = {"finetune": ("data", "root", "split", "pool", "arch", "size")}
-INHERITED["student"] = (*INHERITED["finetune"], "frames", "stride", "percent", "labeled_list",
+INHERITED["student"] = (*INHERITED["finetune"], "frames", "stride", "labeled_list", "percent",
                         "subset_seed")
 
 
@@ -1896,6 +1859,8 @@ def start(parser, stage, argv, earlier=None):
     for saved in checkpoints.values():
         if saved.get("stage"):
             taken |= {key: saved["args"][key] for key in INHERITED[stage] if key in saved["args"]}
+    if getattr(args, "percent", None):
+        taken.pop("labeled_list", None)
     defaults = recipe(args.data or taken.get("data", "toy"), stage) | taken | {"out": out}
     parser.set_defaults(**{key: value for key, value in defaults.items() if key in args})
     args = parser.parse_args(argv)  # --help ends here
@@ -1907,10 +1872,11 @@ def start(parser, stage, argv, earlier=None):
         made_with = saved["args"] if saved.get("stage") else {}
         for key in INHERITED.get(stage, ()):
             if key in made_with and getattr(args, key) != made_with[key]:
-                text = f"--{key.replace('_', '-')} {getattr(args, key)}"
-                if key in ("arch", "percent", "labeled_list", "subset_seed"):
-                    raise UserError(f"{text} contradicts {name}, made with {made_with[key]}")
-                print0(f"{text} in place of {made_with[key]}, of {name}")
+                flag = "--" + key.replace("_", "-")
+                if key in ("arch", "labeled_list", "percent", "subset_seed"):
+                    raise UserError(f"{flag} {getattr(args, key)} contradicts {name}, made with "
+                                    f"{made_with[key]}")
+                print0(f"{flag} {getattr(args, key)} in place of {made_with[key]}, of {name}")
     large_r3d = args.arch.startswith("r3d") and args.size > 112
     if args.device == "cpu" and args.precision == "bf16" and (
             large_r3d or default_precision("cpu") == "fp32"):

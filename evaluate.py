@@ -142,7 +142,7 @@ def evaluate_folder(folder, classifiers, args, device):
     write_text(folder / "results.json", json.dumps(results, indent=1))
     print_results(folder, results)
     last = "student.pt" if "student.pt" in p else results[-1]["checkpoint"]
-    print0(f"worst classes of {last}:", "; ".join(worst_classes(p[last], videos)), "\n")
+    print0(f"worst classes of {last}:", "; ".join(worst_classes(p[last], videos)) + "\n")
     return results
 
 
@@ -218,8 +218,10 @@ def combine_on_test_videos(p_inv, p_dist, teachers, folder, videos, args, device
             embedder = load_embedder(stage_1, device)
             matrices.append(compare_clips(embedder, videos, settings, device))
         scores["teachers, TSTR"] = score_videos(ids, *matrices)
-    except (UserError, ValueError) as error:
+    except UserError as error:
         print0(f"no row for TSTR: {error}")
+    except ValueError:
+        print0("no row for TSTR: the teachers come from stage 1 with other --clips")
     p_inv = torch.stack([p_inv[i] for i in ids])
     p_dist = torch.stack([p_dist[i] for i in ids])
     return {title: dict(zip(ids, combine_teachers(p_inv, p_dist, score)))

@@ -57,8 +57,7 @@ def finetune(args, saved, labeled, videos, device):
         similarity = {k: v for k, v in saved.items() if k.startswith("similarity")}
     model.to(device, memory_format=torch.channels_last_3d)
     net = distribute(model, args.batch, args, device)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.999),
-                                 fused=device.type == "cuda")
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.999), fused=True)
     scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=args.patience)
     pool = Pool(labeled, args.batch, cycle=True)
     batches = Batches(videos, [pool], args.frames, seed, args, device)

@@ -59,8 +59,7 @@ def main(argv=None):
     embedder.to(device, memory_format=torch.channels_last_3d)
     net = distribute(embedder, args.batch * 2 * (n + 1), args, device)
     trained = [p for p in embedder.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, args.lr, betas=(0.9, 0.999),
-                                 fused=device.type == "cuda")
+    optimizer = torch.optim.Adam(trained, args.lr, betas=(0.9, 0.999), fused=True)
     scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=args.patience)
     everyone = Pool(range(len(videos)), args.batch, cycle=False)
     batches = Batches(videos, [everyone], n * args.frames, seed, args, device)
@@ -68,8 +67,10 @@ def main(argv=None):
                   optimizer=optimizer, scheduler=scheduler)
     if state.finished:
         return
-    # A network to which all clips look alike has these losses.
-    print0(f"l_d1 at chance: {math.log(2 * n - 1):.3f}, l_d2 at chance: {math.log(n):.3f}")
+    # The loss of a network to which all clips look alike: of l_d1, l_d2 and l_i.
+    chance = math.log(2 * n - 1) + math.log(n)
+    chance += args.invariant_weight * math.log(2 * args.batch - 1)
+    print0(f"loss at chance: {chance:.3f} (l_d1 {math.log(2 * n - 1):.3f}, l_d2 {math.log(n):.3f})")
 
     for epoch in range(state.epoch, args.epochs):
         warm_up(optimizer, args.lr, epoch, args.warmup)
@@ -112,7 +113,8 @@ def main(argv=None):
             if state.steps_done() % args.save_every == 0:
                 state.save()
         means = state.end_epoch()
-        if epoch >= args.warmup:
+        # A loss can stay at chance for thousands of steps before it falls: that is no plateau.
+        if epoch >= args.warmup and means["loss"] < 0.95 * chance:
             scheduler.step(means["loss"])  # halves the learning rate on a plateau
 
     state.finish(**matrices_for_tstr(embedder, videos, args, device))  # Algorithm 1, line 16

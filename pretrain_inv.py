@@ -51,8 +51,7 @@ def main(argv=None):
     n = args.clips
     net = distribute(embedder, args.batch * n, args, device)
     trained = [p for p in embedder.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, args.lr, betas=(0.9, 0.999),
-                                 fused=device.type == "cuda")
+    optimizer = torch.optim.Adam(trained, args.lr, betas=(0.9, 0.999), fused=True)
     scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=args.patience)
     everyone = Pool(range(len(videos)), args.batch, cycle=False)
     batches = Batches(videos, [everyone], n * args.frames, seed, args, device)
@@ -60,8 +59,8 @@ def main(argv=None):
                   optimizer=optimizer, scheduler=scheduler)
     if state.finished:
         return
-    # A network to which all clips look alike has this loss.
-    print0(f"loss at chance: {math.log(2 * args.batch - 1):.3f}")
+    chance = math.log(2 * args.batch - 1)  # the loss of a network to which all clips look alike
+    print0(f"loss at chance: {chance:.3f}")
 
     for epoch in range(state.epoch, args.epochs):
         warm_up(optimizer, args.lr, epoch, args.warmup)
@@ -87,7 +86,8 @@ def main(argv=None):
             if state.steps_done() % args.save_every == 0:
                 state.save()
         means = state.end_epoch()
-        if epoch >= args.warmup:
+        # A loss can stay at chance for thousands of steps before it falls: that is no plateau.
+        if epoch >= args.warmup and means["loss"] < 0.95 * chance:
             scheduler.step(means["loss"])  # halves the learning rate on a plateau
 
     state.finish(**matrices_for_tstr(embedder, videos, args, device))  # Algorithm 1, line 16

@@ -69,8 +69,7 @@ def main(argv=None):
         start_from(student, args.init, saved)
     student.to(device, memory_format=torch.channels_last_3d)
     net = distribute(student, 2 * args.batch, args, device)
-    optimizer = torch.optim.Adam(student.parameters(), args.lr, betas=(0.9, 0.999),
-                                 fused=device.type == "cuda")
+    optimizer = torch.optim.Adam(student.parameters(), args.lr, betas=(0.9, 0.999), fused=True)
     scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=args.patience)
     score = weigh_videos(args.reweight, saved_teachers, videos.names)  # s of every video, (N,)
     pools = [Pool(labeled, args.batch, cycle=True)]

@@ -16,10 +16,6 @@ import common as tb
 from test_common import run_stage
 
 
-def rows(file):
-    return [line for line in file.read_text().splitlines() if line.strip()]
-
-
 def stand_in(folder, names):
     """Empty files under the names of videos."""
     for name in names:
@@ -46,20 +42,18 @@ def contents(folder):
 def official(real_data, tmp_path_factory):
     """The folders of UCF101 and HMDB51: official lists, and stand-ins for the videos."""
     root = tmp_path_factory.mktemp("official")
-    shutil.copytree(real_data / "splits/ucfTrainTestlist", root / "ucf101/ucfTrainTestlist")
+    for data, lists in [("ucf101", "ucfTrainTestlist"), ("hmdb51", "testTrainMulti_7030_splits")]:
+        shutil.copytree(real_data / "splits" / lists, root / data / lists)
     for file in root.glob("ucf101/*/*list0*.txt"):
-        stand_in(root / "ucf101/UCF-101", {line.split()[0] for line in rows(file)})
-    lists = "testTrainMulti_7030_splits"
-    shutil.copytree(real_data / "splits" / lists, root / "hmdb51" / lists)
+        stand_in(root / "ucf101/UCF-101", {row.split()[0] for row in tb.read_lines(file)})
     for file in root.glob("hmdb51/*/*_test_split1.txt"):
-        names = [line.rsplit(maxsplit=1)[0] for line in rows(file)]
-        stand_in(root / "hmdb51/hmdb51_org" / file.name[:-16], names)
+        folder = root / "hmdb51/hmdb51_org" / file.name.removesuffix("_test_split1.txt")
+        stand_in(folder, [row.split()[0] for row in tb.read_lines(file)])
     return root
 
 
-def assert_labels_are_those_of_the_folders(videos, ids):
-    for i in ids:
-        assert videos.classes[videos.labels[i]] == videos.names[i].split("/")[0]
+def folders(names):
+    return [name.split("/")[0] for name in names]
 
 
 @pytest.mark.parametrize("data, split, in_train, in_test", [
@@ -69,21 +63,19 @@ def test_official_splits(data, split, in_train, in_test, official):
     train = tb.read_videos(data, official / data, True, split)
     test = tb.read_videos(data, official / data, False, split)
     assert (len(train), len(test)) == (in_train, in_test)
-    assert not set(train.names) & set(test.names)
     for videos in (train, test):
         assert len(set(videos.labels)) == len(videos.classes) == {"u": 101, "h": 51}[data[0]]
-        assert_labels_are_those_of_the_folders(videos, range(len(videos)))
+        assert [videos.classes[label] for label in videos.labels] == folders(videos.names)
         assert os.path.exists(videos.path(len(videos) - 1))
-    if data == "hmdb51":
-        everything = set(tb.read_videos(data, official / data, True, pool="all").names)
-        assert len(everything) == 5236 and set(train.names) < everything
-        assert not everything & set(test.names)
+    everything = set(tb.read_videos(data, official / data, True, split, pool="all").names)
+    assert len(everything) == {"u": in_train, "h": 5236}[data[0]]
+    assert set(train.names) <= everything and not everything & set(test.names)
 
 
 @pytest.mark.parametrize("data, percent, count", [
     ("ucf101", 5, 476), ("ucf101", 10, 953), ("ucf101", 20, 1907), ("ucf101", 50, 4768),
     ("hmdb51", 40, 2094), ("hmdb51", 50, 2618), ("hmdb51", 60, 3141)])
-def test_published_list_alone_is_labelled(data, percent, count, official, real_data, capsys):
+def test_published_list_alone_is_labelled(data, percent, count, official, real_data):
     """Each of its videos has the label of its folder; all other labels are hidden."""
     path = real_data / "splits/videossl" / data / "videossl_splits"
     path /= f"{data}_train_{percent}_percent_labeled_split_1_rawframes.txt"
@@ -91,9 +83,9 @@ def test_published_list_alone_is_labelled(data, percent, count, official, real_d
                               labeled_list=path)
     (labeled, videos), warning = warned(tb.labeled_and_all_videos, args)
     assert not warning and len(labeled) == count
-    assert f"{count} of {len(videos)} training videos have a label" in capsys.readouterr().out
-    assert {line.split()[0] for line in rows(path)} == {videos.names[i][:-4] for i in labeled}
-    assert_labels_are_those_of_the_folders(videos, labeled)
+    names = [videos.names[i] for i in labeled]
+    assert {row.split()[0] for row in tb.read_lines(path)} == {name[:-4] for name in names}
+    assert [videos.classes[label] for label in videos.labels[labeled]] == folders(names)
     assert (np.delete(videos.labels, labeled) == -1).all()
 
 
@@ -102,8 +94,8 @@ def test_kinetics400_is_read_from_class_folders(real_data, tmp_path):
     path = real_data / "splits/videossl/kinetics400"
     path /= "kinetics400_train_1_percent_labeled_videos.txt"
     names = []
-    for i, line in enumerate(rows(path)):
-        label, name = line.split()[0].split("/")
+    for i, row in enumerate(tb.read_lines(path)):
+        label, name = row.split()[0].split("/")
         suffix = (".mkv", ".webm", ".mp4")[i % 3]
         names.append(f"{label.replace('_', ' ')}/{name[:-4]}{suffix}")
     stand_in(tmp_path / "train", names[5:])
@@ -122,7 +114,6 @@ def test_kinetics400_is_read_from_class_folders(real_data, tmp_path):
     ("kinetics400", ["up/train/a/x.mp4"], "no train"),
     ("folder", ["train/a/notes.txt"], "no training videos")])
 def test_a_wrong_tree_is_one_line(data, files, problem, tmp_path):
-    """What is missing and what the tree should be: no warning before it."""
     stand_in(tmp_path, files)
     with pytest.raises(tb.UserError) as error, warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -136,8 +127,8 @@ def test_a_few_missing_files_are_counted_and_many_are_refused(tmp_path):
     stand_in(tmp_path / "UCF-101", names[10:])
     lists = tmp_path / "ucfTrainTestlist"
     lists.mkdir()
-    (lists / "classInd.txt").write_text("1 Ring\n", "utf-8-sig")
-    (lists / "trainlist01.txt").write_text("".join(f"{name} 1\n" for name in names), "utf-8-sig")
+    (lists / "classInd.txt").write_text("1 Ring", "utf-8-sig")
+    (lists / "trainlist01.txt").write_text("\n".join(names), "utf-8-sig")
     videos, [warning] = warned(tb.read_videos, "ucf101", tmp_path, True)
     assert videos.names == names[10:] and videos.classes == ["Ring"]
     assert f"10 of 200 listed videos are not in {tmp_path}/UCF-101, such as Ring/v0" in warning
@@ -158,40 +149,33 @@ def mine(tmp_path):
     return tmp_path / "my"
 
 
-def test_classes_are_the_first_folders_that_are_not_hidden(mine):
+def test_classes_are_first_folders_and_what_is_left_out_is_counted_unless_hidden(mine):
     stand_in(mine, [
         "train/.ipynb_checkpoints/1-checkpoint.mp4", "train/@eaDir/1.mp4", "train/b/._1.mov",
         "train/#recycle/old.mp4", "unlabeled/.git/x.mp4", "unlabeled/__MACOSX/x.mp4"])
     train, warning = warned(tb.read_videos, "folder", mine, True)
-    test = tb.read_videos("folder", mine, False)
     assert train.names == NAMES_OF_MINE and not warning
-    assert train.labels.tolist() == [0, 1, 1, -1, -1]
-    assert train.classes == ["a a", "b"] == test.classes
-    assert test.names == ["test/b/3.webm"] and test.labels.tolist() == [1]
-
-
-def test_what_is_no_class_or_no_video_is_counted_and_left_out(mine):
+    assert train.classes == ["a a", "b"] and train.labels.tolist() == [0, 1, 1, -1, -1]
     stand_in(mine, ["train/aa/1.srt", "train/loose.mp4", "train/b/1.SRT", "test/c/5.mp4"])
     train, (files, loose) = warned(tb.read_videos, "folder", mine, True)
     assert train.names == NAMES_OF_MINE and train.classes == ["a a", "b"]
     assert files == f"{mine}/train: 2 files of other endings left out: .SRT, .srt"
     assert loose == f"1 videos are in no class of train/, such as {mine}/train/loose.mp4: ignored"
     test, (_, unknown) = warned(tb.read_videos, "folder", mine, False)
-    assert test.names == ["test/b/3.webm"] and test.classes == train.classes
-    assert f"1 videos are in no class of train/, such as {mine}/test/c/5.mp4" in unknown
+    assert test.names == ["test/b/3.webm"] and test.labels.tolist() == [1]
+    assert test.classes == train.classes and f"{mine}/test/c/5.mp4" in unknown
 
 
 @pytest.mark.parametrize("links, more", [
-    ({"unlabeled/more": "other"}, ["more/below/z.mp4"]),
-    ({"unlabeled/loop": "unlabeled"}, []),
-    ({"unlabeled/loop": "/"}, []),
-    ({"unlabeled/deep/er/x": "other", "other/below/y": "unlabeled/deep"},
-     ["deep/er/x/below/z.mp4"]),
-    ({"unlabeled/once": "other", "unlabeled/twice": "other"}, ["once/below/z.mp4"])], ids=str)
+    ({"more": "other"}, ["more/below/z.mp4"]),
+    ({"loop": "unlabeled"}, []),
+    ({"loop": "/"}, []),
+    ({"deep/er/x": "other", "../other/below/y": "unlabeled/deep"}, ["deep/er/x/below/z.mp4"]),
+    ({"once": "other", "twice": "other"}, ["once/below/z.mp4"])], ids=str)
 def test_linked_folders_are_read_once(links, more, mine):
     stand_in(mine, ["other/below/z.mp4"])
     for link, target in links.items():
-        (mine / link).symlink_to(mine / target)
+        (mine / "unlabeled" / link).symlink_to(mine / target)
     assert tb.list_videos(mine / "unlabeled") == {"deep/er/y (1).avi", "x.mkv", *more}
 
 
@@ -219,57 +203,41 @@ def test_a_folder_without_permission_is_one_line(locked, mine, no_privileges, co
 
 # ---- Lists of labelled videos --------------------------------------------------------------------
 
-def read_list(lines, videos, folder):
-    """The names that it chooses, and its warnings. A list of Windows begins with a mark."""
-    (folder / "list.txt").write_text("\r\n".join(lines), "utf-8-sig")
-    labeled, warning = warned(tb.read_labeled_list, folder / "list.txt", videos)
-    return [videos.names[i] for i in labeled], warning
+LISTED = ["train/Run/d 2019 5.mp4", "train/walk1/a.mp4", "train/walk1/b.avi", "train/walk1/b.mp4",
+          "train/walk1/c 12.mp4", "train/walk1/c.mp4"]
 
 
-def test_lists_of_many_forms_are_read(toy, tmp_path):
-    videos = tb.read_videos("toy", toy, True)
-    names = videos.names[:5]
-    folder, file = names[4].split("/")
-    lines = [f"/home/someone/UCF 101/{names[0]} 7", names[1], f"{names[2][:-4]} 80 3",
-             f"{names[3][:-4]}.mp4", f"train/{folder[:2].lower()} {folder[2:]}_/{file}\t 1", "",
-             "Nowhere/v_x.avi 3"]
-    chosen, [warning] = read_list(lines, videos, tmp_path)
-    assert chosen == names
-    assert "1 rows name no training video, such as Nowhere/v_x.avi 3" in warning
-
-
-@pytest.mark.parametrize("row, name", [
-    ("walk 1/a 64 5", "train/walk1/a.mp4"), ("walk1/b.avi 3 4", None), ("walk1/b", None),
-    ("walk1/c 12.mp4 5", "train/walk1/c 12.mp4"), ("walk1/c 12", None),
-    ("Run/d 2019 5.webm 3", "train/run/d 2019 5.mp4")])
-def test_a_row_that_fits_two_videos_is_refused(row, name, tmp_path):
-    stand_in(tmp_path, [
-        "train/walk1/a.mp4", "train/walk1/b.avi", "train/walk1/b.mp4", "train/walk1/c 12.mp4",
-        "train/walk1/c.mp4", "train/run/d 2019 5.mp4"])
+@pytest.mark.parametrize("row, fits", [
+    ("/home/someone/UCF 101/walk1/a.mp4 7", [1]), ("walk1/a.mp4", [1]), ("walk1/a 80 3", [1]),
+    ("train/WAL k1_/a.webm\t 1", [1]), ("walk1/c 12.mp4 5", [4]), ("run/d 2019 5.webm 3", [0]),
+    ("walk1/b.avi 3 4", [2, 3]), ("walk1/b", [2, 3]), ("walk1/c 12", [4, 5])])
+def test_rows_of_many_forms_are_read_and_those_that_fit_two_videos_refused(row, fits, tmp_path):
+    stand_in(tmp_path, LISTED)
     videos = tb.read_videos("folder", tmp_path, True)
-    if name:
-        assert read_list([row], videos, tmp_path) == ([name], [])
+    file = tmp_path / "list.txt"
+    file.write_text(f"{row}\r\n\r\nNowhere/v_x.avi 3", "utf-8-sig")  # as Windows writes it
+    if len(fits) == 1:
+        labeled, [warning] = warned(tb.read_labeled_list, file, videos)
+        assert [videos.names[i] for i in labeled] == [LISTED[fits[0]]]
+        assert "1 rows name no training video, such as Nowhere/v_x.avi 3" in warning
     else:
-        with pytest.raises(tb.UserError, match=f"list.txt: {row} fits train/walk1/.* and train/w"):
-            read_list(["run/d 2019 5.mp4", row], videos, tmp_path)
+        with pytest.raises(tb.UserError) as error:
+            tb.read_labeled_list(file, videos)
+        assert str(error.value) == f"{file}: {row} fits {' and '.join(LISTED[i] for i in fits)}"
 
 
 # ---- Toy videos ----------------------------------------------------------------------------------
 
 def test_rendering_that_was_interrupted_gives_the_same_files(toy, tmp_path):
-    part = tmp_path / "toy.part"
-    shutil.copytree(toy / "UCF-101/Bars", part / "UCF-101/Bars")
-    next(part.glob("*/*/*.avi")).write_bytes(b"half a video")
+    shutil.copytree(toy / "UCF-101/Bars", tmp_path / "toy.part/UCF-101/Bars")
+    next(tmp_path.glob("*/*/*/*.avi")).write_bytes(b"half a video")
     tb.render_toy(tmp_path / "toy", train=24, test=8)
-    assert contents(tmp_path / "toy") == contents(toy)
-    assert not part.exists()
+    assert os.listdir(tmp_path) == ["toy"] and contents(tmp_path / "toy") == contents(toy)
 
 
-@pytest.mark.parametrize("names", [
-    ["train/walk/1.mp4"], ["UCF-101/Archery/v.avi", "ucfTrainTestlist/trainlist01.txt"],
-    ["thesis.txt"]])
-def test_toy_videos_are_rendered_into_no_folder_of_other_things(names, tmp_path, complaint):
-    stand_in(tmp_path / "my", names)
+def test_toy_videos_are_rendered_into_no_folder_of_other_things(tmp_path, complaint):
+    stand_in(tmp_path, ["my/UCF-101/Ring/v.avi", "my/thesis.txt"])
+    before = contents(tmp_path)
     line = complaint(run_stage, "inv", tmp_path / "my", tmp_path / "out")
     assert line.startswith(f"pretrain_inv.py: {tmp_path}/my is not empty") and "--data" in line
-    assert sorted(map(str, contents(tmp_path))) == [f"my/{name}" for name in names]
+    assert contents(tmp_path) == before

@@ -3,13 +3,11 @@
 import subprocess
 import sys
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from av.bitstream import BitStreamFilterContext
 from av.packet import PacketSideData, packet_sidedata_type_from_literal
 from torchvision.transforms.v2 import functional as TF
 
@@ -22,27 +20,17 @@ def check_exact(path, step=1):
     """decode_frames gives the frames that were asked for, whichever, and counts them right."""
     expected = full_decode(path)
     count = len(expected)
-    rng = np.random.default_rng(0)
-    spans = [range(start, min(count, start + length)) for start, length in
-             zip(rng.integers(count, size=8), rng.integers(1, 40, size=8))]
+    starts = np.random.default_rng(0).integers(count, size=8)
+    spans = [range(i, min(count, i + 1 + i % 39)) for i in starts]
     alone = [[i] for i in range(0, count, step)]
-    for indices in [[count - 1, 0, count // 2, 0], range(count), *spans, *alone]:
+    for indices in [[count - 1, 0, count // 2, 0], *spans, *alone]:
         frames = tb.decode_frames(path, indices)
         assert frames.dtype == torch.uint8
         assert np.array_equal(frames.numpy(), expected[list(indices)]), indices
+    assert np.array_equal(tb.decode_frames(path, range).numpy(), expected)  # range of the count
     with pytest.raises(IndexError):
         tb.decode_frames(path, [count])
-    last, counted = last_frame(path)
-    assert np.array_equal(last[0].numpy(), expected[-1])
-    assert counted == count
     return count
-
-
-def last_frame(path):
-    """The last frame, asked for by a function of the count, and the last count that it got."""
-    counts = []
-    frames = tb.decode_frames(path, lambda count: counts.append(count) or [count - 1])
-    return frames, counts[-1]
 
 
 # ---- Intact files --------------------------------------------------------------------------------
@@ -50,13 +38,11 @@ def last_frame(path):
 X264 = {"g": "30", "bf": "2"}
 # without worker threads: with one, x265 has once crashed at the end of a file
 X265 = {"g": "30", "x265-params": "log-level=none:pools=none"}
-SVT_AV1 = {"g": "30", "svtav1-params": "lp=1"}
 OPEN_GOP = {**X264, "x264-params": "open-gop=1:scenecut=0"}
-BT709 = {**X264, "colorspace": "bt709", "color_range": "tv"}
-LATE = [t + 1000 for t in range(96)]
 STEPS = [t * 3 // 2 + t // 10 * 25 for t in range(96)]
 SLOWING = [t * t // 8 + t for t in range(96)]
-SECOND = [("libx264", moving_frames(20, 32, 32))]
+ODD = moving_frames(20, 47, 61)
+ONE = moving_frames(1)
 KINDS = {
     "xvid-like.avi": {"codec": "mpeg4", "options": {"g": "12"}},
     "b-frames.avi": {"codec": "mpeg4", "options": {"g": "12", "bf": "2"}},
@@ -64,71 +50,55 @@ KINDS = {
     "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
     "h264.avi": {"codec": "libx264", "options": X264},
     "mpeg4.mp4": {"codec": "mpeg4", "options": {"g": "12"}},
-    "b-frames.mp4": {"codec": "mpeg4", "options": {"g": "12", "bf": "2"}},
     "h264.mp4": {"codec": "libx264", "options": X264},
-    "long-gop.mp4": {"codec": "libx264", "options": {"g": "250", "bf": "3"}},
     "open-gop.mp4": {"codec": "libx264", "options": OPEN_GOP},
     "intra-refresh.mp4": {"codec": "libx264", "options": {"x264-params": "intra-refresh=1"}},
     "interlaced.mp4": {"codec": "libx264", "options": {**X264, "x264-params": "interlaced=1"}},
     "hevc.mp4": {"codec": "libx265", "options": X265},
-    "av1.mp4": {"codec": "libsvtav1", "options": SVT_AV1},
+    "av1.mp4": {"codec": "libsvtav1", "options": {"g": "30", "svtav1-params": "lp=1"}},
     "prores.mov": {"codec": "prores_ks", "pix_fmt": "yuv422p10le"},
     "h264.mkv": {"codec": "libx264", "options": X264},
     "vp8.webm": {"codec": "libvpx", "options": {"g": "30"}},
     "vp9.webm": {"codec": "libvpx-vp9", "options": {"g": "30"}},
     "mpeg2.mpg": {"codec": "mpeg2video", "options": {"g": "15", "bf": "2"}},
     "mpeg2.ts": {"codec": "mpeg2video", "options": {"g": "15", "bf": "2"}},
-    "444.mp4": {"codec": "libx264", "pix_fmt": "yuv444p", "options": X264},
     "10-bit.mp4": {"codec": "libx265", "pix_fmt": "yuv420p10le", "options": X265},
-    "12-bit.mkv": {"codec": "libx265", "pix_fmt": "yuv444p12le", "options": X265},
-    "full-range.mp4": {"codec": "libx264", "pix_fmt": "yuvj420p", "options": X264},
-    "bt709.mp4": {"codec": "libx264", "options": BT709},
-    "late-start.mp4": {"codec": "libx264", "options": X264, "pts": LATE},
-    "late-start.mkv": {"codec": "libx264", "options": X264, "pts": LATE},
+    "bt709.mp4": {"codec": "libx264", "options": {"colorspace": "bt709", "color_range": "tv"}},
+    "late-start.mp4": {"codec": "libx264", "options": X264, "pts": range(1000, 1096)},
     "variable-rate.mp4": {"codec": "libx264", "options": X264, "pts": STEPS},
     "variable-rate.mkv": {"codec": "libvpx-vp9", "options": {"g": "30"}, "pts": SLOWING},
     "audio-first.mp4": {"codec": "libx264", "options": X264, "before": [("aac", None)]},
-    "two-videos.mp4": {"codec": "libx264", "options": X264, "extra": SECOND},
+    "two-videos.mp4": {"codec": "libx264", "extra": [("libx264", moving_frames(20, 32, 32))]},
     "web.gif": {"codec": "gif", "pix_fmt": "rgb8"},
     "web.flv": {"codec": "flv"},
     "web.wmv": {"codec": "wmv2"},
-    "phone.3gp": {"codec": "mpeg4"},
     "camera.mts": {"codec": "libx264", "options": X264},
     "camera.mxf": {"codec": "mpeg2video"},
     "raw.h264": {"codec": "libx264", "options": X264},
+    "odd-444.mkv": {"codec": "libx264", "frames": ODD, "pix_fmt": "yuv444p"},
+    "odd.avi": {"codec": "mjpeg", "frames": ODD, "pix_fmt": "yuvj420p"},
+    "odd.webm": {"codec": "libvpx-vp9", "frames": ODD},
+    "one.avi": {"codec": "mpeg4", "frames": ONE},
+    "one.mp4": {"codec": "libx264", "frames": ONE},
+    "one.webm": {"codec": "libvpx-vp9", "frames": ONE},
 }
 
 
 def write_kind(folder, name):
-    return write_video(folder / name, moving_frames(96), **KINDS[name])
+    return write_video(folder / name, **{"frames": moving_frames(96), **KINDS[name]})
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_frames_are_those_of_a_full_decode(name, tmp_path):
     path = write_kind(tmp_path, name)
     assert tb.list_videos(tmp_path) == {name}  # its ending is a video's
-    assert check_exact(path, step=5) >= 95
+    check_exact(path, step=5)
 
 
 def test_frames_of_real_files_are_those_of_a_full_decode(real_clips):
     assert {path.suffix for path in real_clips} == {".avi", ".mp4"}
     for path in real_clips:
         check_exact(path, step=40)
-
-
-@pytest.mark.parametrize("codec, pix_fmt", [
-    ("libx264", "yuv444p"), ("mjpeg", "yuvj420p"), ("libvpx-vp9", "yuv420p")])
-def test_odd_sizes(codec, pix_fmt, tmp_path):
-    check_exact(write_video(tmp_path / "odd.mkv", moving_frames(20, 47, 61), codec, pix_fmt))
-
-
-@pytest.mark.parametrize("name, codec", [
-    ("one.avi", "mpeg4"), ("one.mp4", "libx264"), ("one.webm", "libvpx-vp9")])
-def test_a_single_frame_is_a_video(name, codec, tmp_path):
-    path = write_video(tmp_path / name, moving_frames(1), codec)
-    assert check_exact(path) == 1
-    clip = tb.decode_frames(path, lambda count: tb.clip_indices(count, 16, 2))
-    assert clip.shape == (16, 48, 64, 3)
 
 
 @pytest.mark.parametrize("name, least, most", [
@@ -213,30 +183,19 @@ def test_names_that_look_like_something_else(name, tmp_path, monkeypatch):
 
 # ---- Files whose packets mislead -----------------------------------------------------------------
 
-def rewrite(source, target, change=lambda k, data: [data], key=None, pts=None, split=None):
+def rewrite(source, target, change=lambda k, data: [data], key=None, timestamp=lambda i: i):
     """Copy a file's packets. change: from the rank and data of a packet to the data of those to
-    write. key: what all key flags are to be. pts: from the rank of a packet to its timestamp.
-    split: a bitstream filter, which makes several packets of one."""
+    write. key: what all key flags are to be. timestamp: from the rank of a packet written."""
     with av.open(str(source)) as old, av.open(str(target), "w") as new:
         stream = old.streams.video[0]
         copy = new.add_stream_from_template(stream)
-        packets = [p for p in old.demux(stream) if p.size]
-        if split:
-            splitter = BitStreamFilterContext(split, stream)
-            packets = [part for p in packets for part in splitter.filter(p)]
         written = 0
-        for k, packet in enumerate(packets):
+        for k, packet in enumerate(p for p in old.demux(stream) if p.size):
             for data in change(k, bytes(packet)):
                 part = av.Packet(data)
                 part.stream = copy
-                part.time_base = packet.time_base
-                part.pts = packet.pts
-                part.dts = packet.dts
-                if new.format.name == "avi":
-                    part.time_base = Fraction(1, 25)
-                    part.pts = part.dts = written
-                if pts:
-                    part.pts = part.dts = pts(k)
+                part.time_base = Fraction(1, 25)
+                part.pts = part.dts = timestamp(written)
                 part.is_keyframe = packet.is_keyframe if key is None else key
                 new.mux(part)
                 written += 1
@@ -265,38 +224,31 @@ def without_tables(k, data):
     return [bytes(kept) + data[at:]]
 
 
-ARF = {"g": "30", "auto-alt-ref": "1", "lag-in-frames": "25", "b": "300k",
-       "deadline": "realtime", "cpu-used": "6"}
 NO_B = {"codec": "libx264", "options": {"g": "30", "bf": "0"}}
-TABLES = {"codec": "mjpeg", "pix_fmt": "yuvj420p",
-          "options": {"huffman": "default", "qmin": "5", "qmax": "5"}}
+FIXED = {"huffman": "default", "qmin": "5", "qmax": "5"}  # tables that all pictures share
 MISLEADING = {  # what to encode, what to do to it, and how many frames it has then
     # packets that are no frame
     "hidden.webm": (KINDS["vp8.webm"], dict(change=hide), 92),
     "hidden.avi": (KINDS["vp8.webm"], dict(change=hide), 92),
-    "hidden-vp9.avi": (
-        {"codec": "libvpx-vp9", "options": ARF}, dict(split="vp9_superframe_split"), 96),
     "dropped.avi": (KINDS["xvid-like.avi"], dict(change=drop), 92),
     "dropped.mp4": (KINDS["xvid-like.avi"], dict(change=drop), 92),
     # timestamps
-    "equal.mkv": (NO_B, dict(pts=lambda k: 40 * (k // 2)), 96),
-    "in-order-of-decoding.mkv": (KINDS["h264.mp4"], dict(pts=lambda k: 40 * k), 96),
+    "equal.mkv": (NO_B, dict(timestamp=lambda i: i // 2), 96),
+    "in-order-of-decoding.mkv": (KINDS["h264.mp4"], {}, 96),
     # key flags that lie
     "all-key.avi": (NO_B, dict(key=True), 96),
     "no-key.mkv": (NO_B, dict(key=False), 96),
     "begins-in-a-group.avi": (
         KINDS["xvid-like.avi"], dict(change=lambda k, data: [data] if k > 4 else []), 91),
     # state that the first packet alone brings
-    "tables.avi": (TABLES, dict(change=without_tables), 96),
-    "tables.mkv": (TABLES, dict(change=without_tables), 96),
+    "tables.avi": ({**KINDS["mjpeg.avi"], "options": FIXED}, dict(change=without_tables), 96),
 }
 
 
 @pytest.mark.parametrize("name", MISLEADING)
 def test_misleading_packets_change_no_frame(name, tmp_path):
     content, changes, count = MISLEADING[name]
-    suffix = ".webm" if "vp" in content["codec"] else Path(name).suffix
-    source = write_video(tmp_path / f"source{suffix}", moving_frames(96), **content)
+    source = write_video(tmp_path / f"source_of_{name}", moving_frames(96), **content)
     assert check_exact(rewrite(source, tmp_path / name, **changes)) == count
 
 
@@ -306,23 +258,6 @@ def test_an_mp4_that_does_not_name_its_key_frames(name, tmp_path):
     content = path.read_bytes()
     assert b"stss" in content
     path.write_bytes(content.replace(b"stss", b"free", 1))
-    check_exact(path, step=3)
-
-
-def test_a_palette_that_comes_once(tmp_path):
-    """256 colours, which the first packet alone brings along."""
-    path = tmp_path / "once.avi"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("rawvideo", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "pal8"
-        for t in range(96):
-            frame = av.VideoFrame(64, 48, "pal8")
-            pixels, palette = frame.planes
-            row = np.arange(pixels.line_size) + 3 * t
-            pixels.update(np.add.outer(5 * np.arange(48), row).astype(np.uint8).tobytes())
-            palette.update(np.outer(np.arange(256), [1, 3, 5, 7]).astype(np.uint8).tobytes())
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
     check_exact(path, step=3)
 
 
@@ -337,16 +272,17 @@ def test_two_encodings_in_one_mp4(tmp_path):
                                  options=options)
             with av.open(str(source)) as old:
                 stream = old.streams.video[0]
-                if not part:
+                packets = [packet for packet in old.demux(stream) if packet.size]
+                if part:
+                    parameters = stream.codec_context.extradata
+                    kind = packet_sidedata_type_from_literal("new_extradata")
+                    side_data = PacketSideData(kind, len(parameters))
+                    side_data.update(parameters)
+                    packets[0].set_sidedata(side_data)
+                else:
                     copy = new.add_stream_from_template(stream)
-                parameters = stream.codec_context.extradata
-                for k, packet in enumerate(p for p in old.demux(stream) if p.size):
-                    if part and not k:
-                        kind = packet_sidedata_type_from_literal("new_extradata")
-                        side_data = PacketSideData(kind, len(parameters))
-                        side_data.update(parameters)
-                        packet.set_sidedata(side_data)
-                    packet.pts = packet.dts = (48 * part + k) * 512
+                for k, packet in enumerate(packets, 48 * part):
+                    packet.pts = packet.dts = 512 * k
                     packet.stream = copy
                     new.mux(packet)
     assert check_exact(path) == 96
@@ -375,10 +311,10 @@ def test_a_truncated_file_gives_what_is_left(name, tmp_path):
     intact = full_decode(path)
     content = path.read_bytes()
     path.write_bytes(content[:len(content) * 3 // 5])
-    left = last_frame(path)[1]
-    assert 40 < left < 70
-    frames = tb.decode_frames(path, range(left))
-    assert np.array_equal(frames[:-1].numpy(), intact[:left - 1])  # the last may lack a part
+    frames = tb.decode_frames(path, range)  # of the count
+    assert 40 < len(frames) < 70
+    right = frames[:-1].numpy()  # the last one may lack a part
+    assert np.array_equal(right, intact[:len(right)])
 
 
 def test_what_holds_no_video_raises_a_decode_error(tmp_path):

@@ -190,36 +190,71 @@ def test_a_short_video_is_slowed_down_never_dropped():
     assert tb.clip_indices(14, 8, 2).tolist() == [0, 1, 3, 5, 7, 8, 10, 12]
 
 
-def one_by_one(clip, size, rng, area=0.3, jitter=0.4, hue=0.1, jitter_prob=0.8, grey_prob=0.2):
-    """What augment_clips does, for one clip, in torchvision's words."""
-    clip = clip.permute(0, 3, 1, 2)
-    height, width = clip.shape[2:]
-    pixels = rng.uniform(area, 1) * height * width
-    ratio = math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
-    h = min(height, round(math.sqrt(pixels / ratio)))
-    w = min(width, round(math.sqrt(pixels * ratio)))
-    top = int(rng.integers(height - h + 1))
-    left = int(rng.integers(width - w + 1))
-    clip = TF.resized_crop(clip, top, left, h, w, [size, size], antialias=True)
-    if rng.random() < 0.5:
-        clip = TF.horizontal_flip(clip)
-    if rng.random() < jitter_prob:
-        changes = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
-        amounts = [*rng.uniform(1 - jitter, 1 + jitter, 3), rng.uniform(-hue, hue)]
-        for k in rng.permutation(4):
-            clip = changes[k](clip, float(amounts[k]))
-    if rng.random() < grey_prob:
-        clip = TF.rgb_to_grayscale(clip, num_output_channels=3)
-    return clip
+def change_colours(x, brightness=1, contrast=1, saturation=1, hue=0):
+    """change_colours with the same change of every clip."""
+    changes = (brightness, contrast, saturation, hue)
+    return tb.change_colours(x, *(np.full(len(x), float(change)) for change in changes))
+
+
+def middle_tones():
+    """Colours that no change below takes out of 0 to 255: (3, 4, 3, 16, 16)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(90, 166, (3, 4, 3, 16, 16), dtype=torch.uint8, generator=generator)
+
+
+def test_no_change_of_colour_is_the_identity_bit_for_bit():
+    x = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 16, 16).expand(2, 5, 3, -1, -1)
+    assert torch.equal(change_colours(x), x)
+
+
+@pytest.mark.parametrize("hue", [-0.3, 0, 0.1, 0.5])
+@pytest.mark.parametrize("saturation", [0, 0.6, 1.4])
+def test_grey_stays_grey_and_other_colours_change(saturation, hue):
+    grey = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 16, 16).expand(1, 1, 3, -1, -1)
+    assert torch.equal(change_colours(grey, saturation=saturation, hue=hue), grey)
+    assert (saturation, hue) == (1, 0) or not torch.equal(
+        change_colours(middle_tones(), saturation=saturation, hue=hue), middle_tones())
+
+
+@pytest.mark.parametrize("factor", [0.6, 0.85, 1.15, 1.4])
+def test_brightness_contrast_and_saturation_are_those_of_torchvision(factor):
+    """To one level; contrast is about mid-grey, not about the mean."""
+    x = middle_tones()
+    for ours, theirs in [
+            (change_colours(x, brightness=factor), TF.adjust_brightness(x, factor)),
+            (change_colours(x, contrast=factor), 127.5 + factor * (x.float() - 127.5)),
+            (change_colours(x, saturation=factor), TF.adjust_saturation(x, factor)),
+            (change_colours(x, saturation=0), TF.rgb_to_grayscale(x, 3))]:
+        assert (ours.float() - theirs.float()).abs().max() <= 1
+
+
+def test_hue_by_a_third_of_the_circle_turns_red_into_green_into_blue():
+    red, green, blue = 255 * torch.eye(3, dtype=torch.uint8).view(3, 1, 1, 3, 1, 1)
+    assert torch.equal(change_colours(red, hue=1 / 3), green)
+    assert torch.equal(change_colours(green, hue=1 / 3), blue)
+
+
+def test_changes_do_not_depend_on_the_clips_beside_them():
+    """Of 40 clips, more than a chunk, each as alone."""
+    clips = smooth_clips(40)
+    together = tb.augment_clips(clips, 24, [tb.rng(0, k) for k in range(40)])
+    for k, clip in enumerate(clips):
+        assert torch.equal(tb.augment_clips([clip], 24, [tb.rng(0, k)])[0], together[k])
 
 
 @pytest.mark.parametrize("strength", [{}, tb.WEAK], ids=["strong", "weak"])
-def test_clips_together_are_changed_as_each_alone_by_torchvision(strength):
-    clips = smooth_clips(60)
-    together = tb.augment_clips(clips, 24, [tb.rng(0, k) for k in range(60)], **strength)
-    for k, clip in enumerate(clips):
-        alone = one_by_one(clip, 24, tb.rng(0, k), *strength.values())
-        assert (together[k].int() - alone.int()).abs().max() <= 1, k
+def test_strengths_are_shares_and_probabilities(strength, monkeypatch):
+    changes = []
+    monkeypatch.setattr(tb, "change_colours", lambda x, *each: changes.append(each) or x)
+    clips = smooth_clips(1) * 2000
+    tb.augment_clips(clips, 4, [tb.rng(0, k) for k in range(2000)], **strength)
+    expected = {**dict(jitter=0.4, hue=0.1, jitter_prob=0.8, grey_prob=0.2), **strength}
+    brightness, contrast, saturation, hue = changes[0]
+    for factor in (brightness, contrast, saturation[saturation > 0]):
+        assert abs(factor - 1).max() == pytest.approx(expected["jitter"], rel=0.02)
+    assert abs(hue).max() == pytest.approx(expected["hue"], rel=0.02)
+    assert (hue != 0).mean() == pytest.approx(expected["jitter_prob"], abs=0.04)
+    assert (saturation == 0).mean() == pytest.approx(expected["grey_prob"], abs=0.04)
 
 
 def test_all_frames_of_a_clip_are_changed_alike_and_each_key_in_its_own_way():

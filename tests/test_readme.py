@@ -1,7 +1,7 @@
 """README.md and docs/: commands, flags, links and code blocks are what the code has."""
 
 import contextlib
-import importlib.util
+import importlib
 import io
 import re
 import shlex
@@ -13,6 +13,7 @@ HERE = Path(__file__).resolve().parents[1]
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
 STAGES = ["pretrain_inv.py", "pretrain_dist.py", "finetune.py", "train_student.py", "evaluate.py"]
 SCRIPTS = [*STAGES, *(f"docs/study/{name}.py" for name in ("draw", "intervals", "unlabeled"))]
+MODULES = {name: importlib.import_module(name[:-3].replace("/", ".")) for name in SCRIPTS}
 OTHERS = {  # flags of torchrun, docker and argparse
     "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts",
     "--shm-size", "--help"}
@@ -27,16 +28,6 @@ def spans(text):
     """The pieces of code inside its sentences and tables."""
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(Path(name).stem, HERE / name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MODULES = {name: load_script(name) for name in SCRIPTS}
 
 
 def commands(lines):

@@ -66,15 +66,14 @@ def test_settings_can_be_pasted_back(toy, tmp_path, capsys):
 def test_stage_1_starts_from_given_weights(stage, toy, tmp_path, capsys, complaint):
     torch.manual_seed(1)
     model = tb.build_model("r3d_tiny", 400)  # as public weights: other classes
-    torch.save({"state_dict": {f"module.{k}": w for k, w in model.state_dict().items()}},
-               tmp_path / "public.pth")
-    public = str(tmp_path / "public.pth")
+    public = tmp_path / "public.pth"
+    torch.save({f"module.{k}": w for k, w in model.state_dict().items()}, public)
     run_stage(stage, toy, tmp_path, "--init", public, "--lr", 0, "--epochs", 1)
     assert f"from {public}" in capsys.readouterr().out
     saved = load(tmp_path, stage)["model"]
     for name, weight in model.named_parameters():
         assert name.startswith("fc.") or torch.equal(saved[name], weight), name
-    # without them it is another run
+    # Without them it is another run.
     assert "init" in complaint(run_stage, stage, toy, tmp_path, "--lr", 0, "--epochs", 1)
 
 

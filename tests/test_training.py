@@ -109,7 +109,7 @@ def test_compile_changes_no_step(toy, tmp_path, monkeypatch, float64):
 
 @pytest.mark.parametrize("stage, line", [
     ("inv", "loss at chance: 3.135\n"),  # ln 23: a clip of the 11 other videos, another of all 12
-    ("dist", "l_d1 at chance: 1.099, l_d2 at chance: 0.693\n")])
+    ("dist", "loss at chance: 1.792 (l_d1 1.099, l_d2 0.693)\n")])
 def test_the_loss_at_chance_is_printed_once(stage, line, toy, tmp_path, capsys):
     run_stage(stage, toy, tmp_path, "--batch", 12)
     before, after = capsys.readouterr().out.split("epoch 1, ")
@@ -133,6 +133,13 @@ def test_learning_rate_warms_up_linearly_and_halves_on_a_plateau(toy, tmp_path):
             scheduler.step(before["loss"])
         assert line["lr"] == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-6)
     assert log[-1]["lr"] < 0.02  # the schedule did something
+
+
+@pytest.mark.parametrize("stage", ["inv", "dist"])
+def test_a_loss_at_chance_is_no_plateau(stage, toy, tmp_path):
+    """At so high a temperature it is there, whatever the clips are: the learning rate stays."""
+    run_stage(stage, toy, tmp_path, "--epochs", 5, "--patience", 0, "--temperature", 1000)
+    assert {line["lr"] for line in read_log(tmp_path, stage)[1:]} == {3e-3}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(toy, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common import (
-    UserError, command, decode_frames, read_checkpoint, read_videos, similarity_score, spaced_clips,
+    UserError, command, decode_frames, read_checkpoint, read_videos, score_videos, spaced_clips,
     write_atomically)  # before torch: see its imports
 
 import numpy as np
@@ -44,15 +44,12 @@ def main(argv=None):
             raise UserError(f"{folder}: the figures compare both teachers, {missing[0]} is not "
                             "among its results")
         p_inv, p_dist = (per_class[name] for name in TEACHERS)
-        teachers = {}
-        for name in TEACHERS:
-            teachers[name] = read_checkpoint(name, folder, ["finetune"])
-        of_inv, of_dist = (dict(zip(saved["similarity_names"], saved["similarity"]))
-                           for saved in teachers.values())
-        names = [name for name in of_inv if name in of_dist]
-        c_inv, c_dist = (torch.stack([of[name] for name in names]) for of in (of_inv, of_dist))
-        s = similarity_score(c_inv, c_dist)
-        trained = teachers[TEACHERS[0]]["args"]
+        teachers = [read_checkpoint(name, folder, ["finetune"]) for name in TEACHERS]
+        c_inv, c_dist = (dict(zip(saved["similarity_names"], saved["similarity"]))
+                         for saved in teachers)
+        names = [name for name in c_inv if name in c_dist]
+        s = score_videos(names, c_inv, c_dist)
+        trained = teachers[0]["args"]
         videos = read_videos(trained["data"], args.root or trained["root"], True,
                              trained["split"], trained["pool"])
         label_of = dict(zip(videos.names, videos.labels))
@@ -60,7 +57,7 @@ def main(argv=None):
         mean_s = [s[labels == videos.classes.index(c)].mean() for c in p_inv]
         values.append(list(zip(mean_s, p_inv.values(), p_dist.values())))
         if len(values) == 1:
-            clips = teachers[TEACHERS[0]]["similarity_clips"]
+            clips = teachers[0]["similarity_clips"]
             similarity = draw_similarity(videos.folder, clips, names, c_inv, c_dist, s)
     rows = []
     for c, (mean_s, inv, dist) in zip(p_inv, np.mean(values, 0)):
@@ -125,9 +122,9 @@ def draw_similarity(folder, clips, names, c_inv, c_dist, s):
             image.paste(frame, (left, top))
             left += width + 4
         left += 12
-        for teacher, matrix in [("invariant", c_inv[i]), ("distinctive", c_dist[i])]:
+        for teacher, c_of in {"invariant": c_inv, "distinctive": c_dist}.items():
             ink.text((left, top - 20), teacher, "black", font)
-            for (a, b), c in np.ndenumerate(matrix.numpy()):
+            for (a, b), c in np.ndenumerate(c_of[names[i]].numpy()):
                 x = left + b * cell
                 y = top + a * cell
                 colour = tuple(int(255 - max(0, c) * depth) for depth in (200, 120, 40))  # blue
