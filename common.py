@@ -1748,7 +1748,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """The description as it is, and the default of each flag that has one."""
 
     def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default else action.help
+        unknown = action.default is None or action.default is False
+        return action.help if unknown else super()._get_help_string(action)
 
 
 def new_parser(description):
@@ -1764,8 +1765,8 @@ def new_parser(description):
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     machine.add_argument("--device", choices=devices, default=devices[0], help="where to compute")
     machine.add_argument("--precision", choices=("bf16", "fp32"),
-                         help="bf16 autocast or float32 (default: bf16 if the hardware has it; to "
-                         "train on toy: fp32)")
+                         help="bf16 autocast or float32; if not given, bf16 where the hardware "
+                         "has it")
     return parser
 
 
@@ -1861,10 +1862,10 @@ def start(parser, stage, argv, earlier=None):
             taken |= {key: saved["args"][key] for key in INHERITED[stage] if key in saved["args"]}
     if getattr(args, "percent", None):
         taken.pop("labeled_list", None)
-    defaults = recipe(args.data or taken.get("data", "toy"), stage) | taken | {"out": out}
+    defaults = {"precision": default_precision(args.device)}
+    defaults |= recipe(args.data or taken.get("data", "toy"), stage) | taken | {"out": out}
     parser.set_defaults(**{key: value for key, value in defaults.items() if key in args})
     args = parser.parse_args(argv)  # --help ends here
-    args.precision = args.precision or default_precision(args.device)
     if getattr(args, "labeled_list", None):
         args.percent = None
 

@@ -9,7 +9,7 @@ Writes: OUT/inv_ft.pt and OUT/dist_ft.pt, with a log each, and OUT/labeled.txt, 
 
     python finetune.py
         After stage 1 on toy videos, in a minute on a CPU. The accuracy on the 24 labelled
-        videos (train_accuracy) ends near 0.9.
+        videos (train_accuracy) ends above 0.9.
     python finetune.py --init none
         The baseline from random weights, OUT/labeled_only.pt.
     torchrun --nproc-per-node 4 finetune.py --data ucf101 --percent 5

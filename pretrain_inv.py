@@ -9,7 +9,7 @@ Writes: OUT/inv.pt, which holds the backbone, the projection head and the simila
         matrices. OUT/inv.log, a line of JSON for each epoch.
 
     python pretrain_inv.py
-        On toy videos, in two minutes on a CPU. The loss ends near 1.2. Its value at chance is
+        On toy videos, in two minutes on a CPU. The loss ends near 1.4. Its value at chance is
         2.94.
     python pretrain_inv.py --data folder --root my --arch r3d_18 --init ./r3d_18.pth
         On your own videos, from public weights. The README has their address.
