@@ -1109,7 +1109,7 @@ def command(main):
         warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
         try:
             main(argv)
-        except UserError as error:
+        except (UserError, PermissionError) as error:
             print(f"{script}: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:

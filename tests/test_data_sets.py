@@ -201,16 +201,23 @@ def test_a_folder_without_permission_is_one_line(locked, mine, no_privileges, co
     assert line == f"pretrain_inv.py: {mine / locked}: Permission denied"
 
 
+def test_toy_videos_below_a_folder_without_permission_are_one_line(tmp_path, no_privileges,
+                                                                  complaint):
+    (tmp_path / "locked").mkdir(mode=0)
+    line = complaint(run_stage, "inv", tmp_path / "locked", tmp_path / "out")
+    assert "Permission denied" in line and "locked" in line
+
+
 # ---- Lists of labelled videos --------------------------------------------------------------------
 
 LISTED = ["train/Run/d 2019 5.mp4", "train/walk1/a.mp4", "train/walk1/b.avi", "train/walk1/b.mp4",
-          "train/walk1/c 12.mp4", "train/walk1/c.mp4"]
+          "train/walk1/c 12.mp4", "train/walk1/c.mp4", "train/walk1/e.5.mp4"]
 
 
 @pytest.mark.parametrize("row, fits", [
     ("/home/someone/UCF 101/walk1/a.mp4 7", [1]), ("walk1/a.mp4", [1]), ("walk1/a 80 3", [1]),
     ("train/WAL k1_/a.webm\t 1", [1]), ("walk1/c 12.mp4 5", [4]), ("run/d 2019 5.webm 3", [0]),
-    ("walk1/b.avi 3 4", [2, 3]), ("walk1/b", [2, 3]), ("walk1/c 12", [4, 5])])
+    ("walk1/e.5 1", [6]), ("walk1/b.avi 3 4", [2, 3]), ("walk1/b", [2, 3]), ("walk1/c 12", [4, 5])])
 def test_rows_of_many_forms_are_read_and_those_that_fit_two_videos_refused(row, fits, tmp_path):
     stand_in(tmp_path, LISTED)
     videos = tb.read_videos("folder", tmp_path, True)
