@@ -816,13 +816,12 @@ def read_videos(data, root, train, split=1, pool="train"):
     if not class_of:
         raise wrong_tree(data, root, f"no {'training' if train else 'test'} videos")
     if data in ("hmdb51", "ucf101", "toy"):
-        missing = sorted(class_of.keys() - list_videos(folder))
-        if len(missing) > 0.05 * len(class_of):
-            raise wrong_tree(data, root, f"{len(missing)} of {len(class_of)} listed videos are not "
-                             f"in {folder}, such as {missing[0]}")
-        if missing:
-            warnings.warn(f"{len(missing)} of {len(class_of)} listed videos are not in {folder}, "
-                          f"such as {missing[0]}")
+        if missing := sorted(class_of.keys() - list_videos(folder)):
+            problem = (f"{len(missing)} of {len(class_of)} listed videos are not in {folder}, such "
+                       f"as {missing[0]}")
+            if len(missing) > 0.05 * len(class_of):
+                raise wrong_tree(data, root, problem)
+            warnings.warn(problem)
         class_of = {name: c for name, c in class_of.items() if name not in missing}
     number = {None: -1} | {c: k for k, c in enumerate(classes)}
     if unknown := sorted(set(class_of.values()) - number.keys()):
@@ -1848,18 +1847,18 @@ def start(parser, stage, argv, earlier=None):
     words = [word for word in argv if word not in ("-h", "--help")]
     args = parser.parse_args(words)
     device = prepare(args)
-    defaults = recipe(args.data or "toy", stage)
-    out = args.out or defaults["out"]
+    out = args.out or recipe(args.data or "toy", stage)["out"]
     checkpoints = {}
     if earlier and words == argv:
         names, folder, stages = earlier(args, out)
         for name in names:
             if name != "none":
                 checkpoints[name] = read_checkpoint(name, folder, stages)
-    taken = {}
-    for saved in checkpoints.values():
+    made_with = {}  # of each checkpoint of ours, its settings that go on to this stage
+    for name, saved in checkpoints.items():
         if saved.get("stage"):
-            taken |= {key: saved["args"][key] for key in INHERITED[stage] if key in saved["args"]}
+            made_with[name] = {k: v for k, v in saved["args"].items() if k in INHERITED[stage]}
+    taken = {key: value for made in made_with.values() for key, value in made.items()}
     if getattr(args, "percent", None):
         taken.pop("labeled_list", None)
     defaults = {"precision": default_precision(args.device)}
@@ -1869,15 +1868,13 @@ def start(parser, stage, argv, earlier=None):
     if getattr(args, "labeled_list", None):
         args.percent = None
 
-    for name, saved in checkpoints.items():
-        made_with = saved["args"] if saved.get("stage") else {}
-        for key in INHERITED.get(stage, ()):
-            if key in made_with and getattr(args, key) != made_with[key]:
-                flag = "--" + key.replace("_", "-")
+    for name, made in made_with.items():
+        for key in INHERITED[stage]:
+            if key in made and getattr(args, key) != made[key]:
+                flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
                 if key in ("arch", "labeled_list", "percent", "subset_seed"):
-                    raise UserError(f"{flag} {getattr(args, key)} contradicts {name}, made with "
-                                    f"{made_with[key]}")
-                print0(f"{flag} {getattr(args, key)} in place of {made_with[key]}, of {name}")
+                    raise UserError(f"{flag} contradicts {name}, made with {made[key]}")
+                print0(f"{flag} in place of {made[key]}, of {name}")
     large_r3d = args.arch.startswith("r3d") and args.size > 112
     if args.device == "cpu" and args.precision == "bf16" and (
             large_r3d or default_precision("cpu") == "fp32"):

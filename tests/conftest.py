@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_common import (  # noqa: fixtures, too; before torch, whose threads it settles
-    CHECKPOINTS, STAGES, TINY, chain, load, read_log, same, stage_argv, toy)
+    CHECKPOINTS, STAGES, chain, load, read_log, same, stage_argv, toy)
 
 import av
 import numpy as np
@@ -65,12 +65,6 @@ def complaint(capsys):
         return error
 
     return call
-
-
-def folder_flags(root):
-    """Of a stage on videos of one's own, whose checkpoints go into out/ beside them."""
-    return [*TINY, "--data", "folder", "--root", str(root), "--arch", "r3d_tiny",
-            "--out", str(root / "out")]
 
 
 def earlier_checkpoints(chain, out, stage):
