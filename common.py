@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import shlex
 import signal
 import subprocess
@@ -154,12 +153,10 @@ def distillation_loss(p_student, p_teacher, kind="l2"):
     p_student, p_teacher: (B, C) probabilities. Returns a scalar: the sum over classes of the
     squared difference ("l2"), KL(teacher || student) ("kl") or the Jensen-Shannon divergence
     ("js"), mean over the batch. Inside logarithms, probabilities below 1e-8 count as 1e-8, so that
-    one-hot vectors have finite gradients. ValueError for other shapes, types or kinds."""
+    one-hot vectors have finite gradients. ValueError for other shapes or kinds."""
     if p_student.ndim != 2 or p_student.shape != p_teacher.shape or 0 in p_student.shape:
         raise ValueError(f"expected two (B, C); found {tuple(p_student.shape)} and "
                          f"{tuple(p_teacher.shape)}")
-    if not (p_student.is_floating_point() and p_teacher.is_floating_point()):
-        raise ValueError(f"expected probabilities; found {p_student.dtype} and {p_teacher.dtype}")
     p_student = at_least_float32(p_student)
     p_teacher = at_least_float32(p_teacher)
 
@@ -188,13 +185,11 @@ def similarity_score(c_inv, c_dist):
     """s, Eq. 6: both teachers' C, (B, n, n) -> (B,), the mean of their off-diagonal elements.
 
     Clamped to [0, 1]: a mean cosine can be negative, a weight cannot. The paper leaves this open.
-    ValueError for other shapes or types."""
+    ValueError for other shapes."""
     n = c_inv.shape[-1]
     if c_inv.shape != c_dist.shape or c_inv.shape[1:] != (n, n) or n < 2:
         raise ValueError(f"expected two (B, n, n), n 2 or more; found {tuple(c_inv.shape)} and "
                          f"{tuple(c_dist.shape)}")
-    if not (c_inv.is_floating_point() and c_dist.is_floating_point()):
-        raise ValueError(f"expected floating-point tensors; found {c_inv.dtype}, {c_dist.dtype}")
     diagonal = torch.eye(n, dtype=torch.bool, device=c_inv.device)
     total = at_least_float32(c_inv) + at_least_float32(c_dist)
     total = total.masked_fill(diagonal, 0).sum((1, 2))
@@ -203,12 +198,10 @@ def similarity_score(c_inv, c_dist):
 
 def combine_teachers(p_inv, p_dist, score):
     """p_T, Eq. 7: two (B, C) of probabilities, weighted by score (B,) and 1 - score -> (B, C).
-    ValueError for other shapes or types."""
+    ValueError for other shapes."""
     if p_inv.ndim != 2 or p_inv.shape != p_dist.shape or score.shape != p_inv.shape[:1]:
         raise ValueError(f"expected (B, C), (B, C) and (B,); found {tuple(p_inv.shape)}, "
                          f"{tuple(p_dist.shape)} and {tuple(score.shape)}")
-    if not (p_inv.is_floating_point() and p_dist.is_floating_point()):
-        raise ValueError(f"expected probabilities; found {p_inv.dtype} and {p_dist.dtype}")
     s = at_least_float32(score)[:, None]
     return s * p_inv + (1 - s) * p_dist
 
@@ -449,11 +442,8 @@ def load_backbone(model, saved):
             name = name.removeprefix(prefix)
         return name
 
-    for place in ("state_dict", "model_state", "model_state_dict", "model"):
-        if isinstance(saved.get(place), dict):
-            saved = saved[place]
-            break
-    weights = {plain(name): w for name, w in saved.items() if torch.is_tensor(w)}
+    saved = find_weights(saved)
+    weights = {plain(name): w for name, w in saved.items()}
     own = {k: w for k, w in model.state_dict().items() if not k.startswith(CLASSIFIERS)}
     wrong = [k for k, w in own.items() if k not in weights or weights[k].shape != w.shape]
     if wrong:
@@ -463,6 +453,15 @@ def load_backbone(model, saved):
     if "module.0.stem.0.weight" in saved:
         fitting["stem.0.weight"] = fitting["stem.0.weight"].flip(1)
     model.load_state_dict(fitting, strict=False)
+
+
+def find_weights(saved):
+    """{name: tensor} of what torch.load returned, wherever in it the state dict lies."""
+    for place in ("state_dict", "model_state", "model_state_dict", "model"):
+        if isinstance(saved.get(place), dict):
+            saved = saved[place]
+            break
+    return {name: w for name, w in saved.items() if torch.is_tensor(w)}
 
 
 # ==== Video: decoding, clips, augmentation ========================================================
@@ -481,16 +480,18 @@ OPEN = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "i
 
 
 def open_video(path):
-    """An open av container and its first video stream that is no attached picture, decoded in this
-    thread."""
+    """An open av container and its video stream, decoded in this thread: the first one marked as
+    the default, else the first. Attached pictures do not count."""
     # "file:" keeps a name with a colon from being taken for a URL.
     container = av.open(f"file:{os.fspath(path)}", **OPEN)
-    for stream in container.streams.video:
-        if not stream.disposition & av.stream.Disposition.attached_pic:
-            stream.thread_type = "NONE"  # the data loader's workers are the threads
-            return container, stream
-    container.close()
-    raise ValueError("no video stream")
+    marks = av.stream.Disposition
+    streams = [s for s in container.streams.video if not s.disposition & marks.attached_pic]
+    streams.sort(key=lambda stream: not stream.disposition & marks.default)
+    if not streams or streams[0].codec_context is None:
+        container.close()
+        raise ValueError("no decoder for its video stream" if streams else "no video stream")
+    streams[0].thread_type = "NONE"  # the data loader's workers are the threads
+    return container, streams[0]
 
 
 def decode_frames(path, indices, short_side=None):
@@ -503,7 +504,8 @@ def decode_frames(path, indices, short_side=None):
         out (HMDB51's files hold a packet too many, truncated files more).
     short_side: scale frames down, never up, to this many pixels on their shorter side.
 
-    Returns torch.uint8 (len(indices), H, W, 3), RGB, upright: what a full decode gives there.
+    Returns torch.uint8 (len(indices), H, W, 3), RGB, upright: what a full decode gives there. An
+    orientation in EXIF and a clean aperture are not applied.
     IndexError for a frame past the end; av.FFmpegError, OSError or ValueError for a file that
     cannot be decoded. Memory: the frames returned, and a few hundred bytes a packet.
 
@@ -513,6 +515,8 @@ def decode_frames(path, indices, short_side=None):
     container, stream = open_video(path)
     with container:
         timestamps, keyframes = list_packets(container, stream)
+        if not timestamps:
+            raise ValueError("no frame can be decoded")
         wanted = indices(len(timestamps)) if callable(indices) else indices
         wanted = np.array([int(i) for i in wanted], int)
         first, last = min(wanted, default=-1), max(wanted, default=-1)
@@ -527,7 +531,7 @@ def decode_frames(path, indices, short_side=None):
     if frames is None:  # count from the start
         container, stream = open_video(path)
         with container:
-            found = itertools.islice(decode(container.demux(stream)), last + 1)
+            found = itertools.islice(decode(container.demux(stream), stream), last + 1)
             frames, count = pick_frames(found, 0, wanted, short_side)
     if frames is not None:
         return frames
@@ -553,8 +557,9 @@ def list_packets(container, stream):
     timestamps = []  # not the packets: they hold the data of the whole file
     positions = {}
     for packet in container.demux(stream):
-        if exact and not timestamps:
-            list(decode([packet]))  # it alone may bring tables, which the decoder keeps over a seek
+        if exact and not timestamps and packet.size:
+            with contextlib.suppress(av.error.InvalidDataError):
+                packet.decode()  # it alone may bring tables, which the decoder keeps over a seek
         if not packet.size or packet.is_discard:
             continue
         not_coded = codec == "mpeg4" and packet.size <= 8  # a frame that the encoder left out
@@ -585,11 +590,15 @@ def seek(container, stream, position, timestamps):
         yield frame
 
 
-def decode(packets):
-    """All their frames. A damaged packet yields none and ends nothing, as in players."""
+def decode(packets, stream):
+    """All their frames. A damaged packet yields none and ends nothing, as in players. An empty one
+    would end all: PyAV takes it for the end; Theora repeats a picture so."""
     for packet in packets:
-        with contextlib.suppress(av.error.InvalidDataError):
-            yield from packet.decode()
+        if packet.size:
+            with contextlib.suppress(av.error.InvalidDataError):
+                yield from packet.decode()
+    with contextlib.suppress(av.error.InvalidDataError):
+        yield from stream.decode()  # what the decoder still holds
 
 
 def pick_frames(frames, start, wanted, short_side):
@@ -608,7 +617,9 @@ def pick_frames(frames, start, wanted, short_side):
             if out is None:  # the first frame settles size and orientation
                 scale = min(1, (short_side or math.inf) / min(frame.height, frame.width))
                 size = round(frame.width * scale), round(frame.height * scale)
-                matrix = frame.side_data.get("DISPLAYMATRIX")
+                matrix = None
+                with contextlib.suppress(ValueError):  # PyAV has no name for another kind: EXIF
+                    matrix = frame.side_data.get("DISPLAYMATRIX")
             rgb = scaler.reformat(frame, *size, "rgb24", threads=1).to_ndarray()
             if matrix:
                 rgb = turn_upright(rgb, matrix)
@@ -660,15 +671,16 @@ def rng(seed, *key):
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
-def augment_clips(clips, size, rngs, area=0.3, jitter=0.4, hue=0.1, jitter_prob=0.8, grey_prob=0.2):
+def augment_clips(clips, size, rngs, flip=True, area=0.3, jitter=0.4, hue=0.1, jitter_prob=0.8,
+                  grey_prob=0.2):
     """A random crop, flip, colour jitter and greyscale of each clip (Sec. 4.2), the same for all
     frames of a clip. The defaults are stage 1's.
 
     clips: N of uint8 (T, H, W, 3) on any device; T is the same for all. rngs: N numpy Generators,
-    one for each clip. area: the crop keeps at least this share of the frame. jitter: largest change
-    of brightness, contrast and saturation, as a share. hue: largest hue shift, as a share of the
-    colour circle. jitter_prob, grey_prob: probabilities. Returns uint8 (N, T, 3, size, size).
-    ValueError for another number, shape or type."""
+    one for each clip. flip: mirror half of the clips. area: the crop keeps at least this share of
+    the frame. jitter: largest change of brightness, contrast and saturation, as a share. hue:
+    largest hue shift, as a share of the colour circle. jitter_prob, grey_prob: probabilities.
+    Returns uint8 (N, T, 3, size, size). ValueError for another number, shape or type."""
     if len({len(clip) for clip in clips}) != 1 or len(clips) != len(rngs):
         raise ValueError(f"{len(clips)} clips, {len(rngs)} generators: expected clips of one "
                          "length, and a generator for each")
@@ -688,7 +700,7 @@ def augment_clips(clips, size, rngs, area=0.3, jitter=0.4, hue=0.1, jitter_prob=
         if crop.is_cuda:
             crop = crop.float()  # only a CPU scales uint8
         crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
-        crops.append(crop.flip(-1) if rng.random() < 0.5 else crop)
+        crops.append(crop.flip(-1) if rng.random() < 0.5 and flip else crop)
         if rng.random() < jitter_prob:
             change[:3] = rng.uniform(1 - jitter, 1 + jitter, 3)
             change[3] = rng.uniform(-hue, hue)
@@ -758,7 +770,6 @@ def to_input(clips, model):
 # read_videos, Videos, list_videos, labeled_subset, read_labeled_list, render_toy
 class UserError(Exception):
     """A mistake in arguments or input: `command` makes it one line on stderr and exit status 2."""
-    status = 2
 
 
 SUFFIXES = tuple("""
@@ -875,10 +886,34 @@ def read_folders(data, root, train):
         warnings.warn(f"{len(ignored)} videos are in no class of train/, such as "
                       f"{root / ignored[0]}: ignored")
     class_of = {name: c for name, c in class_of.items() if c in classes}
-    if train and data == "folder" and os.path.isdir(root / "unlabeled"):
-        names = sorted(os.path.join("unlabeled", name) for name in list_videos(root / "unlabeled"))
-        class_of |= dict.fromkeys(names)
+    if train and data == "folder":
+        if os.path.isdir(root / "unlabeled"):
+            class_of |= dict.fromkeys(read_classes("unlabeled"))
+        warn_of_folders(root, class_of)
     return root, classes, class_of
+
+
+def warn_of_folders(root, names):
+    """Warn of folders that --data folder does not read, and of test videos among the training
+    videos `names`: those of the same file name and size."""
+    for folder in sorted(os.listdir(root)):
+        found = (file for _, _, files in os.walk(root / folder) for file in files)
+        if folder not in ("train", "test", "unlabeled") and not folder.startswith(HIDDEN) and any(
+                file.lower().endswith(SUFFIXES) for file in found):
+            warnings.warn(f"{root / folder} is not read: only train/, test/ and unlabeled/ are")
+    tests = {}  # of each file name the sizes
+    for name in list_videos(root / "test") if os.path.isdir(root / "test") else ():
+        tests.setdefault(os.path.basename(name), set()).add(size_of(root / "test" / name))
+    twice = [name for name in names if os.path.basename(name) in tests
+             and size_of(root / name) in tests[os.path.basename(name)]]
+    if twice:
+        warnings.warn(f"{len(twice)} training videos are test videos, too, by file name and size, "
+                      f"such as {root / twice[0]}: accuracies will be too high")
+
+
+def size_of(path):
+    """Bytes of a file, 0 of a broken link."""
+    return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 def list_videos(folder):
@@ -971,9 +1006,23 @@ def read_labeled_list(path, videos):
 
 
 def set_digest(names):
-    """Eight hexadecimal digits that tell one set of videos from another."""
+    """Eight hexadecimal digits that tell one set of names from another."""
     text = "\n".join(sorted(names))
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
+
+
+def video_digest(videos):
+    """set_digest of the names of all videos and of the sizes of up to 1,000 of the files."""
+    sample = range(0, len(videos), math.ceil(len(videos) / 1000))
+    return set_digest([*videos.names, *(f"{i} {size_of(videos.path(i))}" for i in sample)])
+
+
+def weight_digest(saved):
+    """Eight hexadecimal digits that tell one network from another, of what torch.load returned."""
+    digest = hashlib.sha256()
+    for weight in find_weights(saved).values():
+        digest.update(weight.float().numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 HEIGHT, WIDTH = 40, 56  # pixels of a frame
@@ -1112,8 +1161,8 @@ def command(main):
             print(f"{script}: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print(f"{script}: interrupted; the same command goes on from the last checkpoint",
-                  file=sys.stderr)
+            print(f"{script}: interrupted; the same command, without --restart, goes on from the "
+                  "last checkpoint", file=sys.stderr)
             sys.exit(1)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1124,6 +1173,7 @@ def print0(*text):
     """Print above the progress bar, in torchrun's first process only."""
     if rank() == 0:
         tqdm.write(" ".join(map(str, text)))
+        sys.stdout.flush()  # a file or a pipe has the line at once, too
 
 
 def rank():
@@ -1344,11 +1394,12 @@ RECALIBRATION = 30  # steps, but at most a tenth of the run
 class State:
     """What the checkpoint OUT/NAME.pt of a run holds. Where it exists, the run resumes from it.
 
-    labeled: ids. passed_on: what later stages need beside the weights. modules: by their names in
-    the checkpoint, what has a state_dict: model, optimizer, scheduler and, in stage 1, head.
-    UserError if another command made the checkpoint."""
+    made_from: {name: content} of the checkpoints with which the run starts. labeled: ids.
+    passed_on: what later stages need beside the weights. modules: by their names in the checkpoint,
+    what has a state_dict: model, optimizer, scheduler and, in stage 1, head. UserError if another
+    command made the checkpoint, or if what it was made from has changed."""
 
-    def __init__(self, stage, args, batches, labeled=(), passed_on={}, **modules):
+    def __init__(self, stage, args, batches, made_from, labeled=(), passed_on={}, **modules):
         self.args = args
         self.batches = batches
         self.modules = modules
@@ -1357,9 +1408,10 @@ class State:
             "stage": stage,
             "arch": args.arch,
             "classes": batches.videos.classes,
-            "video_set": set_digest(batches.videos.names),
             "labeled": [batches.videos.names[i] for i in labeled],
         }
+        self.made_from = {"the set of training videos": video_digest(batches.videos)}
+        self.made_from |= {name: weight_digest(saved) for name, saved in made_from.items()}
         self.passed_on = dict(passed_on)
         self.epoch = 0  # finished epochs
         self.step = 0  # finished steps of the current epoch
@@ -1368,7 +1420,12 @@ class State:
         self.finished = False
         self.steps_in_run = args.epochs * batches.steps
         self.recalibration = min(RECALIBRATION, self.steps_in_run // 10)
-        if self.path.exists() and not args.restart:
+        self.saved_at = self.file_time()
+        # torchrun gives a run that it restarts the same arguments.
+        first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if args.restart and first_start:
+            self.save()  # so that the same command without --restart does not resume the old run
+        elif self.path.exists():
             self.resume()
         self.stream = batches.stream(self.steps_done(), self.steps_in_run)
         if not self.finished:
@@ -1383,13 +1440,21 @@ class State:
                 raise UserError(f"{self.path} was made with {key} {str(before)[:60]}, not "
                                 f"{str(value)[:60]}: give the first value to resume, --restart "
                                 "to start from scratch, or another --out")
-        if saved["epoch"] > self.args.epochs:
-            raise UserError(f"{self.path} has {saved['epoch']} epochs, --epochs "
-                            f"{self.args.epochs} is less")
-        for name, module in self.modules.items():
-            module.load_state_dict(saved[name])
+        for name, digest in self.made_from.items():
+            if digest != saved["made_from"].get(name):
+                raise UserError(f"{name} has changed since {self.path} was begun: --restart, or "
+                                "another --out")
         self.epoch = saved["epoch"]
         self.step = saved["step"]
+        least = self.epoch + bool(self.step)
+        if not saved["finished"]:  # the steps with frozen weights are still to come
+            least += math.ceil(RECALIBRATION / self.batches.steps)
+            least = min(least, saved["args"]["epochs"])
+        if self.args.epochs < least:
+            raise UserError(f"--epochs {self.args.epochs}: {self.path} has {self.epoch} epochs, "
+                            f"give {least} or more")
+        for name, module in self.modules.items():
+            module.load_state_dict(saved[name])
         self.sums = Counter(saved["sums"])
         self.log = saved["log"]
         self.finished = saved["finished"] and self.epoch == self.args.epochs
@@ -1436,8 +1501,9 @@ class State:
             values /= world_size()
         self.sums = Counter(dict(zip(self.sums, values.tolist())))
         if not values.isfinite().all():
-            sys.exit(f"a loss is not finite in epoch {self.epoch + 1}: try a smaller --lr, or "
-                     f"--precision fp32; {self.path} is unchanged")
+            sys.exit(f"a loss is not finite in epoch {self.epoch + 1}; {self.path} is unchanged. "
+                     "Begin again with --restart and a smaller --lr or --precision fp32; stage 1 "
+                     f"can keep its weights: --init {self.path} and another --out")
 
     def end_epoch(self):
         """Print and log the means of an epoch's numbers -> those of the loss terms."""
@@ -1467,12 +1533,13 @@ class State:
         write_text(self.path.with_suffix(".log"), "\n".join(self.log) + "\n")
 
     def save(self):
-        """Write the checkpoint."""
+        """Write the checkpoint. UserError if another run has written it meanwhile."""
         if self.step:
             self.read_sums()
         if rank() == 0:
             content = {
                 **self.metadata,
+                "made_from": self.made_from,
                 **self.passed_on,
                 "args": vars(self.args),
                 "epoch": self.epoch,
@@ -1482,8 +1549,18 @@ class State:
                 "finished": self.finished,
                 **{name: module.state_dict() for name, module in self.modules.items()},
             }
-            write_atomically(self.path, lambda file: torch.save(content, file))
+            path = self.path
+            if self.file_time() not in (None, self.saved_at):
+                path = path.with_suffix(".pt.other")
+            write_atomically(path, lambda file: torch.save(content, file))
+            if path != self.path:
+                raise UserError(f"another run writes {self.path}: the state of this one is in "
+                                f"{path}, give each its own --out or --name")
+            self.saved_at = self.file_time()
         barrier()
+
+    def file_time(self):
+        return self.path.stat().st_mtime_ns if self.path.exists() else None
 
     def finish(self, **passed_on):
         """Write the checkpoint that the next stage reads, with what else it needs."""
@@ -1504,7 +1581,7 @@ def describe_command():
 
 
 def write_atomically(path, write):
-    """Call write(file) on a new file that then takes the place of `path`, whole and on disk;
+    """Call write(file) on a new file that then, whole and on disk, takes the place of `path`;
     UserError if it cannot."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")
@@ -1515,10 +1592,6 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # which some network file systems refuse for folders
-            os.fsync(folder)
-        os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -1543,7 +1616,7 @@ def read_checkpoint(path, folder="", stages=(), finished=True):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # bytes that are no checkpoint make torch raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"{path}: damaged, or no file of tensors ({reason})") from None
     if not isinstance(saved, dict):
@@ -1552,6 +1625,8 @@ def read_checkpoint(path, folder="", stages=(), finished=True):
     if stages and stage not in stages:
         raise UserError(f"{path}: found a checkpoint of {stage or 'another program'}, expected one "
                         f"of {' or '.join(filter(None, stages))}")
+    if stage and "made_from" not in saved:
+        raise UserError(f"{path}: made by another version of this code")
     if stage and finished and not saved["finished"]:
         raise UserError(f"{path}: unfinished (epoch {saved['epoch']} of {saved['args']['epochs']}),"
                         " the command that began it goes on")
@@ -1648,8 +1723,8 @@ def map_videos(function, videos, indices, group_size, size, workers, device, tit
     for _, i, frames, bad in tqdm(items, desc=title, total=len(ids), leave=False,
                                   disable=True if rank() else None):
         if frames is None:
-            tqdm.write(f"warning: {videos.path(i)}: {bad[i]}", file=sys.stderr)
-            if show:
+            if show:  # else it was named before
+                tqdm.write(f"warning: {videos.path(i)}: {bad[i]}", file=sys.stderr)
                 show(i, None)
         else:
             group[i] = frames.to(device, non_blocking=True)
@@ -1719,6 +1794,7 @@ def recipe(data, stage):
         "frames": 16 if ssl else 8,
         "stride": 1 if ssl else 2,
         "size": 224,
+        "no_flip": False,
         "arch": "slow_r50",
         "epochs": 150 if not ssl else 100 if data == "kinetics400" else 250,
         "batch": 40 if ssl else 16,
@@ -1753,9 +1829,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def new_parser(description):
     """With the flags of all five scripts. A mistake is one line: no usage before it."""
-    on_linux = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count()
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter,
                                      usage=argparse.SUPPRESS)
     machine = parser.add_argument_group("machine")
@@ -1800,6 +1874,8 @@ def stage_parser(stage, description):
                        help="distance of two frames of a clip, in frames of the video")
     clips.add_argument("--size", type=ranged(int, 16), metavar="PIXELS",
                        help="width and height of the network's input")
+    clips.add_argument("--no-flip", action="store_true", default=None,
+                       help="do not mirror clips: for classes that differ by left and right")
 
     training = parser.add_argument_group("training")
     training.add_argument("--arch", choices=ARCHS, help="network")
@@ -1831,7 +1907,7 @@ def stage_parser(stage, description):
 
 
 # What stages 2 and 3 take from the checkpoints they read, if no flag says otherwise.
-INHERITED = {"finetune": ("data", "root", "split", "pool", "arch", "size")}
+INHERITED = {"finetune": ("data", "root", "split", "pool", "arch", "size", "no_flip")}
 INHERITED["student"] = (*INHERITED["finetune"], "frames", "stride", "labeled_list", "percent",
                         "subset_seed")
 
@@ -1894,10 +1970,9 @@ def start(parser, stage, argv, earlier=None):
 
 def prepare(args):
     """Join torchrun's processes -> device."""
-    if hasattr(ctypes.CDLL(None), "mallopt"):
-        # glibc returns large blocks and faults them in again in every step: it should keep them.
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    # glibc returns large blocks and faults them in again in every step: it should keep them.
+    ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     device = torch.device("cpu")
     if args.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

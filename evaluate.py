@@ -4,7 +4,8 @@ The prediction for a video is the mean over 10 clips and 3 scales (Sec. 4.2). If
 teachers, their combined prediction is evaluated, too: by the plain mean and by TSTR (Eq. 7).
 
 Reads:  run folders, of which every classifier is evaluated, or checkpoints; the test videos.
-Writes: results.json and predictions.csv into the folder of the checkpoints.
+Writes: results.json and predictions.csv into the folder of the checkpoints. Rows of results.json
+        stay until the same checkpoint is evaluated on the same data with as many clips and scales.
 
     python evaluate.py
         All classifiers in runs/toy, in half a minute on a CPU. Prints chance, a table of accuracies
@@ -16,6 +17,7 @@ Writes: results.json and predictions.csv into the folder of the checkpoints.
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import json
@@ -30,7 +32,7 @@ from common import (
     Embedder, UserError, Videos, autocast, barrier, build_model, centre_crop, combine_teachers,
     command, compare_clips, default_precision, list_videos, load_classifier, map_videos, new_parser,
     prepare, print0, ranged, rank, read_checkpoint, read_videos, score_videos, spaced_clips,
-    to_input, write_text)  # before torch
+    to_input, weight_digest, write_text)  # before torch
 
 import torch
 
@@ -51,9 +53,9 @@ def main(argv=None):
     parser.add_argument("--scales", nargs="+", type=ranged(float, 0.01, 1),
                         default=[1.0, 0.8, 0.7], metavar="X",
                         help="sides of the centre crops, as shares of the frame's short side")
-    parser.add_argument("--output", type=Path, metavar="FILE.csv",
-                        help="write the predictions to this file (default: predictions.csv in the "
-                        "checkpoints' folder)")
+    parser.add_argument("--output", type=Path, metavar="DIR",
+                        help="folder of results.json and predictions.csv (default: the "
+                        "checkpoints')")
     prediction = parser.add_argument_group("prediction, instead of accuracies")
     prediction.add_argument("--videos", nargs="+", metavar="FILE_OR_DIR",
                             help="print the most probable classes of these videos")
@@ -72,12 +74,20 @@ def main(argv=None):
 
     found = find_classifiers(args.paths or [Path("runs/toy")])
     if args.output and len(found) > 1:
-        raise UserError("--output takes the predictions of one folder")
+        raise UserError("--output takes the results of one folder")
     results = []
+    problems = []
     for folder, classifiers in found.items():
-        results += evaluate_folder(folder, classifiers, args, device)
+        rows = evaluate_folder(folder, classifiers, args, device)
+        results += rows
+        try:
+            write_results(args.output or folder, rows)
+        except UserError as error:
+            problems.append(f"{error}; --output DIR writes into another folder")
     if len(found) > 1:
         print_means(results)
+    if problems:
+        raise UserError(problems[0])
 
 
 def find_classifiers(paths):
@@ -89,7 +99,13 @@ def find_classifiers(paths):
             raise UserError(f"{path}: no such run folder; there are {', '.join(runs) or 'none'}")
         contents = {}
         for file in sorted(path.glob("*.pt")) if path.is_dir() else [path]:
-            saved = read_checkpoint(file, ".", finished=False)
+            try:
+                saved = read_checkpoint(file, ".", finished=False)
+            except UserError as error:
+                if file == path:
+                    raise
+                print0(f"passed over: {error}")
+                continue
             if saved.get("stage") in ("finetune", "student"):
                 contents[file.name] = saved
         if not contents:
@@ -101,32 +117,37 @@ def find_classifiers(paths):
 
 def evaluate_folder(folder, classifiers, args, device):
     """Evaluate a folder's classifiers, and both teachers combined: print the table, write
-    results.json and predictions.csv -> the objects of results.json, the baseline first, students
-    last."""
+    predictions.csv -> the objects of results.json, the baseline first, students last."""
     begin = time.perf_counter()
-    first, *others = classifiers
+    first = "student.pt" if "student.pt" in classifiers else next(iter(classifiers))
     trained = classifiers[first]["args"]
-    for name in others:
-        other = classifiers[name]["args"]
+    root = args.root or trained["root"]
+    videos = read_videos(trained["data"], root, False, trained["split"])
+    for name, saved in list(classifiers.items()):
+        if videos.classes != saved["classes"]:
+            print0(f"passed over: {folder / name}: made for other classes than those of {root}")
+            del classifiers[name]
+    if not classifiers:
+        raise UserError(f"{folder}: no classifier for the classes of {root}")
+    for name, saved in classifiers.items():
+        other = saved["args"]
         different = [key for key in ("data", "split", "frames", "stride", "size")
                      if other[key] != trained[key]]
         if different:
             raise UserError(f"{folder}: {first} and {name} differ in {', '.join(different)}: "
                             "evaluate them one by one")
-    videos = read_videos(trained["data"], args.root or trained["root"], False, trained["split"])
-    for name, saved in classifiers.items():
-        if videos.classes != saved["classes"]:
-            raise UserError(f"{folder / name}: made for other classes than those of "
-                            f"{videos.folder}")
     share = 100 * np.bincount(videos.labels).max() / len(videos)
     print0(f"{len(videos)} test videos of {len(videos.classes)} classes: chance is "
            f"{100 / len(videos.classes):.1f} %, the most frequent class has {share:.1f} %")
-    output = args.output or folder / "predictions.csv"
+    output = (args.output or folder) / "predictions.csv"
     rows = class_probabilities(classifiers, videos, args, device, output)
-    if len(rows) < len(videos):
-        print0(f"{len(videos) - len(rows)} test videos cannot be decoded and count as wrong")
+    if unreadable := len(videos) - len(rows):
+        if unreadable > 0.1 * len(videos):
+            raise UserError(f"{unreadable} of {len(videos)} test videos cannot be decoded: repair "
+                            "or remove them")
+        print0(f"{unreadable} test videos cannot be decoded and count as wrong")
     p = {name: {i: row[k] for i, row in rows.items()} for k, name in enumerate(classifiers)}
-    described = {name: describe(name, saved, p[name], videos, args)
+    described = {name: describe(name, saved, p[name], videos, root, args)
                  for name, saved in classifiers.items()}
     if all(name in classifiers for name in TEACHERS):
         teachers = {name: classifiers[name] for name in TEACHERS}
@@ -139,14 +160,32 @@ def evaluate_folder(folder, classifiers, args, device):
     seconds = round(time.perf_counter() - begin, 1)  # for all of them
     results = sorted(({**r, "seconds": seconds} for r in described.values()), key=lambda r: (
         r["stage"] == "student", r["checkpoint"] != "labeled_only.pt"))
-    write_text(folder / "results.json", json.dumps(results, indent=1))
     print_results(folder, results)
+    if all(name in p for name in TEACHERS):
+        agree = [p_inv[i].argmax() == p_dist[i].argmax() for i in p_inv]
+        print0(f"both teachers predict the same class for {100 * np.mean(agree):.1f} % of the test "
+               "videos: there TSTR and the mean cannot differ")
     last = "student.pt" if "student.pt" in p else results[-1]["checkpoint"]
     print0(f"worst classes of {last}:", "; ".join(worst_classes(p[last], videos)) + "\n")
     return results
 
 
-def describe(name, saved, probabilities, videos, args):
+def write_results(folder, results):
+    """Put rows into results.json in the place of those of the same checkpoint, data, clips and
+    scales."""
+    def key(row):
+        return [row.get(k) for k in ("checkpoint", "data", "root", "split", "clips", "scales")]
+
+    path = folder / "results.json"
+    kept = []
+    with contextlib.suppress(OSError, ValueError):  # no such file, or no JSON
+        kept = json.loads(path.read_text())
+    new = [key(row) for row in results]
+    kept = [row for row in kept if key(row) not in new]
+    write_text(path, json.dumps(kept + results, indent=1))
+
+
+def describe(name, saved, probabilities, videos, root, args):
     """The object of results.json of a classifier, but for the seconds."""
     trained = saved["args"]
     return {
@@ -155,6 +194,7 @@ def describe(name, saved, probabilities, videos, args):
         "init": trained["init"],
         "arch": saved["arch"],
         "data": trained["data"],
+        "root": str(root),
         "split": trained["split"],
         "percent": trained["percent"],
         "labeled_count": len(saved["labeled"]),
@@ -179,6 +219,7 @@ def accuracies(probabilities, videos):
     per_class = {videos.classes[c]: 100 * float(right[videos.labels == c].mean())
                  for c in np.unique(videos.labels)}
     return {
+        "right": int(right.sum()),
         "top1": 100 * float(right.mean()),
         "top5": 100 * float(in_top5.mean()),
         "mean_class_accuracy": float(np.mean(list(per_class.values()))),
@@ -229,15 +270,18 @@ def combine_on_test_videos(p_inv, p_dist, teachers, folder, videos, args, device
 
 
 def read_stage_1(saved, folder):
-    """The checkpoint of stage 1 from which a teacher was fine-tuned; UserError if it is not
-    there."""
+    """The checkpoint of stage 1 from which a teacher was fine-tuned, from the folder or from where
+    it lay then; UserError if it is in neither."""
     trained = saved["args"]
-    path = Path(trained["pretrained"] or trained["out"], trained["init"])
-    if os.path.dirname(trained["init"]):
-        path = Path(trained["init"])
-    if not path.exists():
-        path = folder / path.name  # it has moved along
-    return read_checkpoint(path, stages=["pretrain_inv", "pretrain_dist"])
+    then = Path(trained["init"])
+    if not os.path.dirname(then):
+        then = Path(trained["pretrained"] or trained["out"], then)
+    for path in (folder / then.name, then):
+        if path.exists():
+            stage_1 = read_checkpoint(path, ".", finished=False)
+            if weight_digest(stage_1) == saved["made_from"][trained["init"]]:
+                return stage_1
+    raise UserError(f"{then}, from which a teacher was made, is not there or has changed")
 
 
 def load_embedder(saved, device):
@@ -286,14 +330,15 @@ def class_probabilities(classifiers, videos, args, device, output, topk=1, show=
 
     spaced = functools.partial(spaced_clips, clips=args.clips, frames=trained.frames,
                                stride=trained.stride)
-    try:
+    with contextlib.suppress(OSError):
         if rank() == 0:
             Path(output).parent.mkdir(parents=True, exist_ok=True)
             Path(output).write_text("checkpoint,video,class,predicted class,probability\n")
-        barrier()
+    barrier()
+    try:
         file = open(output, "a", newline="", errors="surrogateescape", buffering=1)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written: {error.strerror}") from None
+    except OSError:
+        file = open(os.devnull, "w")  # what is printed comes first, then the error
     with file:
         lines = csv.writer(file, lineterminator="\n")
         return map_videos(probabilities, videos, spaced, 1 if show else 4, trained.size,
@@ -325,11 +370,16 @@ def predict(args, device):
             print0(f"{names[i]}:", ", ".join(f"{c} {100 * p:.1f} %" for c, p in top.items()))
 
     videos = Videos("", names, [-1] * len(names), saved["classes"])
-    output = args.output or args.checkpoint.with_name("predictions.csv")
+    output = (args.output or args.checkpoint.parent) / "predictions.csv"
     rows = class_probabilities(classifiers, videos, args, device, output, args.topk, show)
     if not rows:
         print0("none of these videos can be decoded")
         raise SystemExit(1)
+    try:
+        open(output, "a").close()
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}; --output DIR writes into "
+                        "another folder") from None
 
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -340,8 +390,21 @@ def print_results(folder, results):
         name = r["checkpoint"]
         if not r["finished"]:
             name += f" (unfinished, epoch {r['epochs']})"
-        rows.append([name, r["labeled_count"], *(f"{r[key]:.1f}" for key in metrics)])
-    print_table([f"{folder}", "labels", *metrics.values()], rows)
+        low, high = wilson_interval(r["right"], r["videos"])
+        rows.append([name, r["labeled_count"], f"{r['right']} of {r['videos']}",
+                     f"{low:.1f} to {high:.1f}", *(f"{r[key]:.1f}" for key in metrics)])
+    scales = " ".join(map(str, results[0]["scales"]))
+    print_table([f"{folder}, clips {results[0]['clips']}, scales {scales}", "labels", "right",
+                 "95 % interval", *metrics.values()], rows)
+
+
+def wilson_interval(right, count):
+    """The 95 % interval of an accuracy in per cent (Wilson), if other videos had been drawn."""
+    z = 1.96
+    share = right / count
+    middle = share + z**2 / (2 * count)
+    reach = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return 100 * (middle + np.array([-reach, reach])) / (1 + z**2 / count)
 
 
 def metrics_of(results):
@@ -351,15 +414,19 @@ def metrics_of(results):
 
 
 def print_means(results):
-    """Mean and standard deviation over run folders of all their rows of one name."""
+    """Mean and standard deviation over run folders of their rows of one name, which agree in data,
+    network and number of labels."""
     rows_of = {}
     for r in results:
-        rows_of.setdefault(r["checkpoint"], []).append(r)
+        data = r["root"] if r["data"] == "folder" else f"{r['data']} {r['split']}"
+        row = r["checkpoint"], data, r["arch"], r["labeled_count"]
+        rows_of.setdefault(row, []).append(r)
     metrics = metrics_of(results)
     rows = []
-    for name, same in rows_of.items():
-        rows.append([name, len(same), *(spread([r[key] for r in same]) for key in metrics)])
-    print_table(["mean ± standard deviation", "runs", *metrics.values()], rows)
+    for row, same in rows_of.items():
+        rows.append([*row, len(same), *(spread([r[key] for r in same]) for key in metrics)])
+    print_table(["mean ± standard deviation", "data, split", "network", "labels", "runs",
+                 *metrics.values()], rows)
 
 
 def spread(values, sign=""):

@@ -51,17 +51,20 @@ def finetune(args, saved, labeled, videos, device):
     seed = seed_of("finetune", args.seed)
     torch.manual_seed(seed)
     model = build_model(args.arch, len(videos.classes))
-    similarity = {}  # of stage 1, goes on to stage 3
+    made_from = {}
+    passed_on = {}  # of stage 1, for stage 3
     if saved is not None:
         start_from(model, args.init, saved)
-        similarity = {k: v for k, v in saved.items() if k.startswith("similarity")}
+        made_from[args.init] = saved
+        passed_on = {k: v for k, v in saved.items() if k.startswith("similarity")}
+        passed_on["pretrained_by"] = saved.get("stage")
     model.to(device, memory_format=torch.channels_last_3d)
     net = distribute(model, args.batch, args, device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.999), fused=True)
     scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=args.patience)
     pool = Pool(labeled, args.batch, cycle=True)
     batches = Batches(videos, [pool], args.frames, seed, args, device)
-    state = State("finetune", args, batches, labeled, similarity, model=model,
+    state = State("finetune", args, batches, made_from, labeled, passed_on, model=model,
                   optimizer=optimizer, scheduler=scheduler)
     rows = [f"{videos.names[i]} {videos.labels[i]}\n" for i in labeled]
     write_text(os.path.join(args.out, "labeled.txt"), "".join(rows))
@@ -73,7 +76,7 @@ def finetune(args, saved, labeled, videos, device):
         net.train()
         for batch in state.steps():
             rngs = [rng(seed, *key, 0) for key in batch.keys]
-            clips = augment_clips(batch.videos, args.size, rngs, **WEAK)
+            clips = augment_clips(batch.videos, args.size, rngs, not args.no_flip, **WEAK)
             y = torch.as_tensor(videos.labels[batch.ids]).to(device, non_blocking=True)
             with autocast(args, device):
                 logits = net(to_input(clips, model))  # (b, classes)

@@ -54,8 +54,10 @@ def main(argv=None):
     seed = seed_of("pretrain_dist", args.seed)
     torch.manual_seed(seed)
     embedder = Embedder(build_model(args.arch, len(videos.classes)))
+    made_from = {}
     if args.init:
-        start_from(embedder.backbone, args.init, read_checkpoint(args.init, finished=False))
+        made_from[args.init] = read_checkpoint(args.init, finished=False)
+        start_from(embedder.backbone, args.init, made_from[args.init])
     embedder.to(device, memory_format=torch.channels_last_3d)
     net = distribute(embedder, args.batch * 2 * (n + 1), args, device)
     trained = [p for p in embedder.parameters() if p.requires_grad]
@@ -63,8 +65,8 @@ def main(argv=None):
     scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=args.patience)
     everyone = Pool(range(len(videos)), args.batch, cycle=False)
     batches = Batches(videos, [everyone], n * args.frames, seed, args, device)
-    state = State("pretrain_dist", args, batches, model=embedder.backbone, head=embedder.head,
-                  optimizer=optimizer, scheduler=scheduler)
+    state = State("pretrain_dist", args, batches, made_from, model=embedder.backbone,
+                  head=embedder.head, optimizer=optimizer, scheduler=scheduler)
     if state.finished:
         return
     # The loss of a network to which all clips look alike: of l_d1, l_d2 and l_i.
@@ -87,7 +89,8 @@ def main(argv=None):
                     rngs = [rng(seed, *key, view * (n + 1) + t) for t in range(n + 1)]
                     short_rngs += rngs[:n]
                     long_rngs.append(rngs[n])
-            clips = augment_clips(short + long, args.size, short_rngs + long_rngs)
+            rngs = short_rngs + long_rngs
+            clips = augment_clips(short + long, args.size, rngs, flip=not args.no_flip)
             with autocast(args, device):
                 x = to_input(clips, embedder.backbone)
                 rows = net(x, num_long=len(long), slices=n)

@@ -45,8 +45,10 @@ def main(argv=None):
     seed = seed_of("pretrain_inv", args.seed)
     torch.manual_seed(seed)
     embedder = Embedder(build_model(args.arch, len(videos.classes)))
+    made_from = {}
     if args.init:
-        start_from(embedder.backbone, args.init, read_checkpoint(args.init, finished=False))
+        made_from[args.init] = read_checkpoint(args.init, finished=False)
+        start_from(embedder.backbone, args.init, made_from[args.init])
     embedder.to(device, memory_format=torch.channels_last_3d)
     n = args.clips
     net = distribute(embedder, args.batch * n, args, device)
@@ -55,8 +57,8 @@ def main(argv=None):
     scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=args.patience)
     everyone = Pool(range(len(videos)), args.batch, cycle=False)
     batches = Batches(videos, [everyone], n * args.frames, seed, args, device)
-    state = State("pretrain_inv", args, batches, model=embedder.backbone, head=embedder.head,
-                  optimizer=optimizer, scheduler=scheduler)
+    state = State("pretrain_inv", args, batches, made_from, model=embedder.backbone,
+                  head=embedder.head, optimizer=optimizer, scheduler=scheduler)
     if state.finished:
         return
     chance = math.log(2 * args.batch - 1)  # the loss of a network to which all clips look alike
@@ -72,7 +74,7 @@ def main(argv=None):
                 for t, clip in enumerate(video.split(args.frames)):
                     clips.append(clip)
                     rngs.append(rng(seed, *key, t))
-            clips = augment_clips(clips, args.size, rngs)
+            clips = augment_clips(clips, args.size, rngs, flip=not args.no_flip)
             with autocast(args, device):
                 z = net(to_input(clips, embedder.backbone))  # (own videos * n, 128)
             z = z.unflatten(0, (-1, n))

@@ -18,6 +18,8 @@ Writes: OUT/student.pt and OUT/student.log.
         The paper's recipe on four GPUs, after stages 1 and 2 on UCF101.
 """
 
+import os
+
 from common import (
     WEAK, Batches, Pool, State, UserError, augment_clips, autocast, build_model, combine_teachers,
     command, distillation_loss, distribute, labeled_and_all_videos, load_classifier, print0,
@@ -46,13 +48,15 @@ def main(argv=None):
     parser.add_argument("--teacher-loss", choices=("l2", "kl", "js"), default="l2",
                         help="distance between the teachers' and the student's predictions")
     parser.add_argument("--reweight", type=weighting, default="tstr", metavar="{tstr,mean,W}",
-                        help="weight of the first teacher: s of each video (tstr), 0.5 (mean) or a "
-                        "number W from 0 to 1")
+                        help="weight of the invariant teacher (of the first, if both are of one "
+                        "kind): s of each video (tstr), 0.5 (mean) or a number W from 0 to 1")
     parser.add_argument("--name", default="student", help="write OUT/NAME.pt")
     args, device, saved_teachers = start(parser, "student", argv, lambda args, out: (
         args.teachers, out, ["finetune"]))
     if len(set(args.teachers)) != len(args.teachers) or len(args.teachers) > 2:
         raise UserError("--teachers takes one or two different checkpoints, or none")
+    saved_teachers = dict(sorted(saved_teachers.items(), key=lambda item: (
+        item[1].get("pretrained_by") != "pretrain_inv")))  # the invariant one first
 
     labeled, videos = labeled_and_all_videos(args, saved_teachers)
     unlabeled = np.setdiff1d(np.arange(len(videos)), labeled)
@@ -64,9 +68,10 @@ def main(argv=None):
     seed = seed_of("student", args.seed)
     torch.manual_seed(seed)
     student = build_model(args.arch, len(videos.classes))
+    made_from = dict(saved_teachers)
     if args.init != "none":
-        saved = read_checkpoint(args.init, args.pretrained or args.out)
-        start_from(student, args.init, saved)
+        made_from[args.init] = read_checkpoint(args.init, args.pretrained or args.out)
+        start_from(student, args.init, made_from[args.init])
     student.to(device, memory_format=torch.channels_last_3d)
     net = distribute(student, 2 * args.batch, args, device)
     optimizer = torch.optim.Adam(student.parameters(), args.lr, betas=(0.9, 0.999), fused=True)
@@ -76,8 +81,8 @@ def main(argv=None):
     if saved_teachers:  # the unlabelled videos come first
         pools.insert(0, Pool(unlabeled, args.batch, cycle=False))
     batches = Batches(videos, pools, args.frames, seed, args, device, steps)
-    state = State("student", args, batches, labeled, model=student, optimizer=optimizer,
-                  scheduler=scheduler)
+    state = State("student", args, batches, made_from, labeled, model=student,
+                  optimizer=optimizer, scheduler=scheduler)
     if state.finished:
         return
     teachers = [load_classifier(saved, device) for saved in saved_teachers.values()]
@@ -87,7 +92,8 @@ def main(argv=None):
         net.train()
         for batch in state.steps():
             rngs = [rng(seed, *key, 0) for key in batch.keys]
-            clips = augment_clips(batch.videos, args.size, rngs, **WEAK)  # teachers see them, too
+            # The teachers see the same clips.
+            clips = augment_clips(batch.videos, args.size, rngs, not args.no_flip, **WEAK)
             u = len(clips) // 2 if teachers else 0  # number of unlabelled clips, which come first
             y = torch.as_tensor(videos.labels[batch.ids[u:]]).to(device, non_blocking=True)
             with autocast(args, device):
@@ -143,13 +149,12 @@ def weigh_videos(reweight, saved_teachers, names):
     if reweight != "tstr" or len(saved_teachers) < 2:
         same = {"mean": 0.5, "tstr": 1.0}.get(reweight, reweight)
         return torch.full((len(names),), same)
-    matrices = []
-    for name, saved in saved_teachers.items():
-        if "similarity" not in saved:
-            raise UserError(f"{name} has no similarity from stage 1, which TSTR needs: "
-                            "--reweight mean or a number")
-        matrices.append(dict(zip(saved["similarity_names"], saved["similarity"])))
-    c_inv, c_dist = matrices
+    if [saved.get("pretrained_by") for saved in saved_teachers.values()] != [
+            "pretrain_inv", "pretrain_dist"]:
+        raise UserError("TSTR needs a teacher of pretrain_inv.py and one of pretrain_dist.py; "
+                        f"{' and '.join(saved_teachers)} are others: --reweight mean or a number")
+    c_inv, c_dist = (find_moved(dict(zip(saved["similarity_names"], saved["similarity"])), names)
+                     for saved in saved_teachers.values())
     absent = len(names) - len(set(names) & c_inv.keys() & c_dist.keys())
     if absent:
         print0(f"{absent} of {len(names)} videos have no similarity from stage 1 (added since, or "
@@ -163,6 +168,19 @@ def weigh_videos(reweight, saved_teachers, names):
         print0("warning: s is nearly the same for all videos, so TSTR is no better than "
                f"--reweight {score.mean():.2f}: has stage 1 trained long enough?")
     return score
+
+
+def find_moved(matrices, names):
+    """The matrices, {name: C}, with those of videos that lie in another folder now, as they do when
+    they get a label: a video whose name is new has that of the only one of its file name that is
+    gone."""
+    gone = {}
+    new = {}
+    for group, some in ((gone, matrices.keys() - set(names)), (new, set(names) - matrices.keys())):
+        for name in some:
+            group.setdefault(os.path.basename(name), []).append(name)
+    pairs = [(new[file], gone[file]) for file in new.keys() & gone.keys()]
+    return matrices | {n[0]: matrices[g[0]] for n, g in pairs if len(n) == len(g) == 1}
 
 
 if __name__ == "__main__":

@@ -67,6 +67,11 @@ def complaint(capsys):
     return call
 
 
+def contents(folder):
+    """{path inside it: content} of all files in a folder and below."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 def earlier_checkpoints(chain, out, stage):
     """Copy what the stages before this one have left."""
     first = "inv_ft" if stage == "ft" else stage

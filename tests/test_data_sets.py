@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import common as tb
+from conftest import contents
 from test_common import run_stage
 
 
@@ -29,11 +30,6 @@ def warned(function, *args):
         warnings.simplefilter("always")
         result = function(*args)
     return result, [str(warning.message) for warning in caught]
-
-
-def contents(folder):
-    """{path inside it: content} of all files in a folder and below."""
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 # ---- Official lists and trees --------------------------------------------------------------------
@@ -164,6 +160,25 @@ def test_classes_are_first_folders_and_what_is_left_out_is_counted_unless_hidden
     test, (_, unknown) = warned(tb.read_videos, "folder", mine, False)
     assert test.names == ["test/b/3.webm"] and test.labels.tolist() == [1]
     assert test.classes == train.classes and f"{mine}/test/c/5.mp4" in unknown
+
+
+def test_a_folder_that_is_not_read_is_named(mine):
+    stand_in(mine, ["unlabelled/deep/x.mp4", "runs/inv.log", ".cache/y.mp4", "loose.mp4"])
+    _, [warning] = warned(tb.read_videos, "folder", mine, True)
+    assert warning == f"{mine}/unlabelled is not read: only train/, test/ and unlabeled/ are"
+
+
+def test_test_videos_among_the_training_videos_are_counted(mine):
+    """By file name and size: so two others do not count."""
+    for name, content in {"test/b/x.mkv": "1", "test/b/y.avi": "12", "unlabeled/new/x.mkv": "1",
+                          "unlabeled/x.mkv": "2", "train/b/y.avi": "123"}.items():
+        (mine / name).parent.mkdir(exist_ok=True)
+        (mine / name).write_text(content)
+    _, [warning] = warned(tb.read_videos, "folder", mine, True)
+    assert warning.startswith("2 training videos are test videos, too")
+    assert warning.count("x.mkv") == 1
+    _, none = warned(tb.read_videos, "folder", mine, False)
+    assert not none
 
 
 @pytest.mark.parametrize("links, more", [

@@ -1,5 +1,6 @@
 """decode_frames against a full decode, on files of many kinds: intact, odd, damaged."""
 
+import itertools
 import subprocess
 import sys
 from fractions import Fraction
@@ -261,6 +262,44 @@ def test_an_mp4_that_does_not_name_its_key_frames(name, tmp_path):
     check_exact(path, step=3)
 
 
+def test_exif_in_jpeg_pictures(tmp_path):
+    """PyAV 18.1 has no name for this side data, and raises. The orientation is not applied."""
+    tiff = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"  # orientation 6
+    part = b"Exif\0\0" + tiff
+    part = b"\xff\xe1" + (len(part) + 2).to_bytes(2, "big") + part
+
+    def with_exif(k, data):
+        return [data[:2] + part + data[2:]]
+
+    source = write_video(tmp_path / "a.avi", moving_frames(20), "mjpeg", "yuvj420p")
+    assert check_exact(rewrite(source, tmp_path / "exif.avi", with_exif)) == 20
+
+
+def test_an_empty_packet_is_passed_over(tmp_path):
+    """Theora repeats a picture so. No encoder here writes one, so they are put in between."""
+    path = write_kind(tmp_path, "b-frames.avi")
+    container, stream = tb.open_video(path)
+    with container:
+        packets = itertools.chain.from_iterable((p, av.Packet()) for p in container.demux(stream))
+        frames = [frame.to_ndarray(format="rgb24") for frame in tb.decode(packets, stream)]
+    assert np.array_equal(frames, full_decode(path))
+
+
+def test_of_two_video_streams_the_default_one_is_read(tmp_path):
+    """Whichever comes first; of one without a mark, the first."""
+    path = write_video(tmp_path / "two.mkv", ODD, "ffv1", extra=[("ffv1", moving_frames(7))])
+    assert len(tb.decode_frames(path, range)) == 20
+    with av.open(str(path)) as old, av.open(str(tmp_path / "other.mkv"), "w") as new:
+        copies = [new.add_stream_from_template(stream) for stream in old.streams.video]
+        copies[0].disposition = 0
+        copies[1].disposition = av.stream.Disposition.default.value
+        for packet in old.demux():
+            if packet.size:
+                packet.stream = copies[packet.stream_index]
+                new.mux(packet)
+    assert tb.decode_frames(tmp_path / "other.mkv", range).shape == (7, 48, 64, 3)
+
+
 def test_two_encodings_in_one_mp4(tmp_path):
     """H.264 parameters of the second part differ: it has a sample description of its own. Without
     CABAC the wrong parameters give wrong pictures and no error."""
@@ -324,9 +363,13 @@ def test_what_holds_no_video_raises_a_decode_error(tmp_path):
     (tmp_path / "text.avi").write_text("not a video\n" * 100)
     (tmp_path / "headless.mp4").write_bytes(whole.read_bytes()[1000:])
     (tmp_path / "folder.avi").mkdir()
+    known = write_video(tmp_path / "known.avi", moving_frames(3)).read_bytes()
+    (tmp_path / "no-decoder.avi").write_bytes(known.replace(b"FMP4", b"ZQZQ"))
+    write_video(tmp_path / "animated.webp", moving_frames(3), "libwebp_anim")
     write_video(tmp_path / "sound.mp4", moving_frames(1, 32, 32), "mjpeg", "yuvj420p",
                 cover=True, extra=[("aac", None)])
     for name in ("empty.avi", "garbage.mp4", "text.avi", "headless.mp4", "folder.avi",
-                 "absent.avi", "sound.mp4"):
-        with pytest.raises(tb.DECODE_ERRORS):
-            tb.decode_frames(tmp_path / name, [0])
+                 "absent.avi", "sound.mp4", "no-decoder.avi", "animated.webp"):
+        with pytest.raises(tb.DECODE_ERRORS) as error:
+            tb.decode_frames(tmp_path / name, range)
+        assert "frames [] asked for" not in str(error.value)

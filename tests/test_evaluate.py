@@ -19,8 +19,8 @@ import torch
 import common as tb
 import evaluate
 from docs.study import draw, intervals, unlabeled
-from test_common import EVALUATE, HERE, load, read_results
-from train_student import weigh_videos
+from test_common import EVALUATE, HERE, load, read_results, run_stage, same
+from train_student import find_moved, weigh_videos
 
 CPU = torch.device("cpu")
 
@@ -43,9 +43,11 @@ def save_classifier(path, root, order=None, frames=4, **changes):
     torch.nn.init.zeros_(model.fc.weight)
     model.fc.bias.data = -torch.tensor([(order or classes).index(c) for c in classes]).float()
     args = {"init": "inv.pt", "data": "folder", "root": str(root), "split": 1, "percent": 10,
-            "seed": 0, "frames": frames, "stride": 1, "size": 16, "epochs": 7}
+            "seed": 0, "frames": frames, "stride": 1, "size": 16, "epochs": 7,
+            "pretrained": "gone"}
     content = {"stage": "finetune", "arch": "r3d_tiny", "classes": classes, "labeled": ["0.avi"],
-               "epoch": 7, "finished": True, "args": args, "model": model.state_dict()}
+               "epoch": 7, "finished": True, "args": args, "made_from": {},
+               "model": model.state_dict()}
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content | changes, path)
 
@@ -74,31 +76,39 @@ def read_predictions(path):
 # ---- The table, results.json and predictions.csv -------------------------------------------------
 
 def test_two_classes_of_which_one_is_never_recognised(toy, tmp_path, capsys):
-    """One of five test videos cannot be decoded."""
-    make_folder(tmp_path / "data", toy, {"a": 3, "b, c": 2})
+    """One of ten test videos cannot be decoded."""
+    make_folder(tmp_path / "data", toy, {"a": 6, "b, c": 4})
     (tmp_path / "data/test/b, c/1.avi").write_text("broken")
     run = tmp_path / "run"
     save_classifier(run / "x_ft.pt", tmp_path / "data")
     evaluate.main([str(run), *EVALUATE])
     printed = capsys.readouterr()
-    assert printed.out.startswith("5 test videos of 2 classes: chance is 50.0 %, the most frequent "
-                                  "class has 60.0 %\n")
-    assert cells(printed.out, run) == [str(run), "labels", "top-1", "mean class"]
-    assert cells(printed.out, "x_ft.pt") == ["x_ft.pt", "1", "60.0", "50.0"]
-    assert ("worst classes of x_ft.pt: b, c 0.0 (taken for a 1, cannot be decoded 1); a 100.0 "
+    assert printed.out.startswith("10 test videos of 2 classes: chance is 50.0 %, the most "
+                                  "frequent class has 60.0 %\n")
+    title = f"{run}, clips 2, scales 1.0 0.8 0.7"
+    assert cells(printed.out, title) == [title, "labels", "right", "95 % interval", "top-1",
+                                         "mean class"]
+    # Wilson's interval, by its quadratic equation: (p - 0.6)^2 = 1.96^2 p (1 - p) / 10
+    roots = np.roots([1 + 0.38416, -1.2 - 0.38416, 0.36])
+    assert cells(printed.out, "x_ft.pt") == [
+        "x_ft.pt", "1", "6 of 10", f"{100 * min(roots):.1f} to {100 * max(roots):.1f}", "60.0",
+        "50.0"]
+    assert ("worst classes of x_ft.pt: b, c 0.0 (taken for a 3, cannot be decoded 1); a 100.0 "
             "(taken for nothing else)" in printed.out)
     assert "1.avi" in printed.err and "1 test videos cannot be decoded" in printed.out
     assert sorted(read_predictions(run / "predictions.csv")) == [
-        *(["x_ft.pt", f"test/a/{i}.avi", "a", "a", "0.7311"] for i in range(3)),
+        *(["x_ft.pt", f"test/a/{i}.avi", "a", "a", "0.7311"] for i in range(6)),
         ["x_ft.pt", "test/b, c/0.avi", "b, c", "a", "0.7311"],
-        ["x_ft.pt", "test/b, c/1.avi", "b, c", "cannot be decoded", ""]]
+        ["x_ft.pt", "test/b, c/1.avi", "b, c", "cannot be decoded", ""],
+        *(["x_ft.pt", f"test/b, c/{i}.avi", "b, c", "a", "0.7311"] for i in (2, 3))]
     result, = read_results(run)
     assert result.pop("seconds") >= 0
     assert result == {
         "checkpoint": "x_ft.pt", "stage": "finetune", "init": "inv.pt", "arch": "r3d_tiny",
-        "data": "folder", "split": 1, "percent": 10, "labeled_count": 1, "seed": 0, "epochs": 7,
-        "finished": True, "top1": 60, "top5": 80, "mean_class_accuracy": 50, "videos": 5,
-        "unreadable": 1, "per_class": {"a": 100, "b, c": 0}, "clips": 2, "scales": [1, 0.8, 0.7]}
+        "data": "folder", "root": str(tmp_path / "data"), "split": 1, "percent": 10,
+        "labeled_count": 1, "seed": 0, "epochs": 7, "finished": True, "right": 6, "top1": 60,
+        "top5": 90, "mean_class_accuracy": 50, "videos": 10, "unreadable": 1,
+         "per_class": {"a": 100, "b, c": 0}, "clips": 2, "scales": [1, 0.8, 0.7]}
 
 
 def test_six_classes_have_top_5_and_runs_have_means(toy, tmp_path, capsys):
@@ -116,11 +126,80 @@ def test_six_classes_have_top_5_and_runs_have_means(toy, tmp_path, capsys):
     names = [line.split("|")[1].strip() for line in first.splitlines() if line.startswith("|")][2:]
     assert names == ["labeled_only.pt", "x_ft.pt (unfinished, epoch 3)", "student.pt",
                      "student_x.pt"]
-    assert cells(first, "student.pt")[1:] == ["1", "12.5", "87.5", "16.7"]
-    assert cells(second, "student.pt")[1:] == ["1", "37.5", "87.5", "16.7"]
+    assert cells(first, "student.pt")[1:] == ["1", "1 of 8", "2.2 to 47.1", "12.5", "87.5", "16.7"]
+    assert cells(second, "student.pt")[4:] == ["37.5", "87.5", "16.7"]
     assert "worst classes of student.pt: b 0.0 (taken for a 3); c 0.0 (taken for a 1); d" in first
-    assert cells(means, "student.pt")[1:] == ["2", "25.0 ± 17.7", "87.5 ± 0.0", "16.7 ± 0.0"]
-    assert cells(means, "student_x.pt")[1:3] == ["1", "12.5 ± 0.0"]
+    settings = [str(tmp_path / "data"), "r3d_tiny", "1"]
+    assert cells(means, "student.pt")[1:] == [
+        *settings, "2", "25.0 ± 17.7", "87.5 ± 0.0", "16.7 ± 0.0"]
+    assert cells(means, "student_x.pt")[1:6] == [*settings, "1", "12.5 ± 0.0"]
+
+
+def test_means_are_over_runs_that_agree(toy, tmp_path, capsys):
+    make_folder(tmp_path / "data", toy, dict.fromkeys("ab", 1))
+    for run, labeled in enumerate([["x"], ["y"], ["x", "y"]]):
+        save_classifier(tmp_path / f"{run}/student.pt", tmp_path / "data", stage="student",
+                        labeled=labeled)
+    evaluate.main([*(str(tmp_path / run) for run in "012"), *EVALUATE])
+    means = capsys.readouterr().out.split("mean ± standard deviation")[1]
+    rows = [line.split("|")[1:6] for line in means.splitlines() if "student.pt" in line]
+    assert [[int(cell) for cell in row[3:]] for row in rows] == [[1, 2], [2, 1]]
+
+
+def test_how_often_the_teachers_agree_is_printed(toy, tmp_path, capsys):
+    make_folder(tmp_path / "data", toy, dict.fromkeys("ab", 1))
+    for name, order in {"inv_ft": "ab", "dist_ft": "ba"}.items():
+        save_classifier(tmp_path / f"{name}.pt", tmp_path / "data", order)
+    evaluate.main([str(tmp_path), *EVALUATE])
+    printed = capsys.readouterr().out
+    assert "both teachers predict the same class for 0.0 % of the test videos" in printed
+    assert "no row for TSTR: gone/inv.pt, from which a teacher was made" in printed
+
+
+def test_rows_of_other_settings_stay(classifier, tmp_path, capsys):
+    for flags in (["--clips", "1"], ["--clips", "2"], ["--clips", "1"]):
+        evaluate.main([str(classifier), *EVALUATE[2:], *flags])
+    assert [(r["checkpoint"], r["clips"]) for r in read_results(tmp_path)] == [
+        ("student.pt", 2), ("student.pt", 1)]
+
+
+def test_more_than_a_tenth_that_cannot_be_decoded_stops_the_evaluation(classifier, tmp_path,
+                                                                       capsys):
+    (tmp_path / "data/test/a/0.avi").write_text("broken")
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main([str(classifier), *EVALUATE])
+    assert "1 of 3 test videos cannot be decoded" in capsys.readouterr().err
+
+
+def test_other_files_of_a_run_folder_are_passed_over(classifier, toy, tmp_path, capsys):
+    """A tensor, an export, a checkpoint of other classes."""
+    torch.save(torch.zeros(3), tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_text("export")
+    make_folder(tmp_path / "other", toy, {"d": 1})
+    save_classifier(tmp_path / "c.pt", tmp_path / "other")
+    evaluate.main([str(tmp_path), *EVALUATE])
+    passed = [line for line in capsys.readouterr().out.splitlines() if "passed over" in line]
+    assert [f"{tmp_path}/{name}.pt" in line for name, line in zip("abc", passed)] == [True] * 3
+    assert [r["checkpoint"] for r in read_results(tmp_path)] == ["student.pt"]
+
+
+@pytest.mark.parametrize("videos", [[], ["data/test"]])
+def test_a_folder_that_cannot_be_written_costs_no_result(videos, classifier, tmp_path, capsys,
+                                                         monkeypatch):
+    """Neither the table nor the printed classes; --output takes the files elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/predictions.csv").mkdir(parents=True)  # in the files' places
+    (tmp_path / "run/results.json").mkdir()
+    classifier.rename("run/student.pt")
+    flags = ["--videos", *videos, "--checkpoint", "run"] if videos else ["run"]
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([*flags, *EVALUATE])
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and "student.pt" in printed.out or ": a 66.5 %" in printed.out
+    assert "cannot be written" in printed.err and "--output DIR" in printed.err
+    evaluate.main([*flags, "--output", "elsewhere", *EVALUATE])
+    assert len(read_predictions("elsewhere/predictions.csv")) > 2
+    assert videos or read_results("elsewhere")
 
 
 def test_accuracy_counts_what_the_model_says(chain, toy, tmp_path):
@@ -147,7 +226,8 @@ def test_accuracy_counts_what_the_model_says(chain, toy, tmp_path):
 
 def test_teachers_are_combined_by_the_similarity_of_the_test_video(chain, toy, tmp_path, capsys):
     """Eq. 7, with s from the networks of stage 1 on the middle of each test video. inv.pt has
-    moved along with inv_ft.pt. If it is for other clips, there is no row for TSTR."""
+    moved along with inv_ft.pt. There is no row for TSTR if it is for other clips, nor if it is
+    another run's, as where both were written into runs/folder."""
     videos = tb.read_videos("toy", toy, False)
     teachers = {name: load(chain, name[:-3]) for name in evaluate.TEACHERS}
     teachers["inv_ft.pt"]["args"]["out"] = "gone"
@@ -157,12 +237,17 @@ def test_teachers_are_combined_by_the_similarity_of_the_test_video(chain, toy, t
     p = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(0)).softmax(2)
     p_inv, p_dist = (dict(enumerate(rows)) for rows in p)
     args = argparse.Namespace(workers=0, precision="fp32")
-    rows, fewer = (
+    other = load(chain, "inv")
+    other["model"]["stem.0.weight"] += 1
+    (tmp_path / "other").mkdir()
+    torch.save(other, tmp_path / "other/inv.pt")
+    rows, *fewer = (
         evaluate.combine_on_test_videos(p_inv, p_dist, teachers, folder, videos, args, CPU)
-        for folder in (chain, tmp_path))
-    assert list(fewer) == ["teachers, mean"]
+        for folder in (chain, tmp_path, tmp_path / "other"))
+    assert [list(fewer_rows) for fewer_rows in fewer] == 2 * [["teachers, mean"]]
     printed = capsys.readouterr().out
     assert "no row for TSTR: the teachers come from stage 1 with other --clips" in printed
+    assert "no row for TSTR: gone/inv.pt, from which a teacher was made" in printed
     embedders = [evaluate.load_embedder(load(chain, name), CPU) for name in ("inv", "dist")]
     for i in range(8):
         frames = tb.decode_frames(videos.path(i), range, short_side=20)
@@ -185,6 +270,25 @@ def test_stage_3_refuses_teachers_with_different_clips(chain):
         weigh_videos("tstr", teachers, teachers["inv_ft"]["similarity_names"])
 
 
+def test_tstr_knows_a_teacher_by_its_stage_1(chain, toy, tmp_path, capsys, complaint):
+    """Whichever comes first; and refuses two of a kind."""
+    shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
+    run_stage("student", toy, tmp_path, "--teachers", "dist_ft.pt", "inv_ft.pt", "--name", "b")
+    assert same(load(tmp_path, "b")["model"], load(chain, "student")["model"])
+    shutil.copy(chain / "inv_ft.pt", tmp_path / "inv2_ft.pt")
+    two = ["--teachers", "inv_ft.pt", "inv2_ft.pt", "--name", "c"]
+    assert "--reweight mean" in complaint(run_stage, "student", toy, tmp_path, *two)
+    run_stage("student", toy, tmp_path, *two, "--reweight", "mean", "--epochs", 1)
+
+
+def test_a_video_that_got_a_label_since_keeps_its_similarity():
+    """By its file name, where that is unique and the old path is gone."""
+    c = {name: torch.eye(2) for name in ("u/a.avi", "u/b.avi", "u/c.avi", "v/c.avi", "u/d.avi")}
+    names = ["t/a.avi", "t/b.avi", "w/b.avi", "t/c.avi", "u/d.avi", "t/d.avi"]
+    found = find_moved(c, names)
+    assert found.keys() - c.keys() == {"t/a.avi"} and found["t/a.avi"] is c["u/a.avi"]
+
+
 # ---- Prediction ----------------------------------------------------------------------------------
 
 def test_prediction_of_one_s_own_videos(classifier, toy, tmp_path, monkeypatch, capsys):
@@ -196,13 +300,13 @@ def test_prediction_of_one_s_own_videos(classifier, toy, tmp_path, monkeypatch, 
     shutil.copy(names[0], names[1])
     (tmp_path / names[2]).write_text("broken")
     evaluate.main(["--videos", names[0], "clips", "--checkpoint", str(tmp_path), "--topk", "2",
-                   "--output", "new/x.csv", *EVALUATE])
+                   "--output", "new", *EVALUATE])
     printed = capsys.readouterr()
     assert printed.out.splitlines() == [
         f"note: {classifier} is unfinished (epoch 3 of 7)",
         *(f"{name}: a 66.5 %, b 24.5 %" for name in names[:2])]
     assert names[2] in printed.err
-    assert read_predictions("new/x.csv") == [
+    assert read_predictions("new/predictions.csv") == [
         *(["student.pt", name, "", *top]
           for name in names[:2] for top in (["a", "0.6652"], ["b", "0.2447"])),
         ["student.pt", names[2], "", "cannot be decoded", ""]]
@@ -236,12 +340,11 @@ def test_nothing_that_can_be_decoded_ends_in_1(classifier, tmp_path, complaint):
     ("runs/one/inv_ft.pt", "inv_ft.pt: no such checkpoint"),
     ("runs/two", "runs/two: no trained classifier; finetune.py and train_student.py write them"),
     ("runs/three", "runs/three: student.pt and x_ft.pt differ in frames"),
-    ("runs/one --root other", "student.pt: made for other classes"),
-    ("runs/one runs/three --output x.csv", "--output takes the predictions of one folder"),
+    ("runs/one --root other", "runs/one: no classifier for the classes of other"),
+    ("runs/one runs/three --output x", "--output takes the results of one folder"),
     ("runs/one --videos data --checkpoint runs/one", "takes no PATH"),
     ("--videos data", "a prediction needs both --videos and --checkpoint"),
     ("--videos data/no.mp4 --checkpoint runs/one", "data/no.mp4: no such file"),
-    ("--videos data --checkpoint runs/one --output data/train", "data/train cannot be written"),
     ("--videos data --checkpoint runs/two/inv.pt", "inv.pt: no trained classifier")])
 def test_a_mistake_costs_one_line(flags, words, classifier, toy, tmp_path, monkeypatch,
                                   complaint):

@@ -267,6 +267,14 @@ def test_all_frames_of_a_clip_are_changed_alike_and_each_key_in_its_own_way():
     assert len(torch.unique(clips, dim=0)) == 20
 
 
+@pytest.mark.parametrize("flip, mirrored", [(True, {True, False}), (False, {False})])
+def test_half_of_the_clips_are_mirrored_or_none(flip, mirrored):
+    ramp = torch.arange(64, dtype=torch.uint8)[:, None].expand(2, 48, 64, 3)
+    rngs = [tb.rng(0, k) for k in range(20)]
+    out = tb.augment_clips([ramp] * 20, 16, rngs, flip, jitter_prob=0, grey_prob=0)
+    assert {bool(clip[0, 0, 8, 0] > clip[0, 0, 8, -1]) for clip in out} == mirrored
+
+
 def test_the_network_s_input_is_the_centre_normalised():
     clip = moving_frames(6, 40, 56)
     crop = tb.centre_crop(torch.tensor(clip), 20, 0.5)

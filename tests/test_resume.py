@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from conftest import assert_same_checkpoints, earlier_checkpoints, run_and_kill
+import common as tb
+from conftest import assert_same_checkpoints, contents, earlier_checkpoints, run_and_kill
 from test_common import load, read_log, run_stage
 
 
@@ -60,7 +61,7 @@ def test_ctrl_c_costs_one_line(toy, tmp_path, complaint, request):
 
     request.addfinalizer(register_optimizer_step_post_hook(interrupt).remove)
     error = complaint(run_stage, "labeled_only", toy, tmp_path, status=1)
-    assert "the same command goes on" in error
+    assert "the same command, without --restart, goes on" in error
 
 
 def test_a_finished_stage_changes_nothing(chain, toy, tmp_path, capsys):
@@ -85,6 +86,89 @@ def test_other_arguments_are_refused_with_both_values(stage, flags, words, chain
     shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
     error = complaint(run_stage, stage, toy, tmp_path, *flags.split())
     assert all(word in error.replace(str(tmp_path), "") for word in words.split()), error
+
+
+def shift_weights(path):
+    saved = torch.load(path)
+    for weight in saved["model"].values():
+        weight += 1
+    torch.save(saved, path)
+
+
+@pytest.mark.parametrize("stage, name, begun", [
+    ("ft", "inv", "inv_ft"), ("student", "inv_ft", "student"), ("student", "dist", "student")])
+def test_what_a_run_was_made_from_has_changed(stage, name, begun, chain, toy, tmp_path, complaint):
+    """As after more --epochs of an earlier stage; or what was finished would stay as it is."""
+    shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
+    shift_weights(tmp_path / f"{name}.pt")
+    before = contents(tmp_path)
+    line = f"{name}.pt has changed since {tmp_path}/{begun}.pt was begun: --restart"
+    assert line in complaint(run_stage, stage, toy, tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_other_videos_under_the_same_names_are_noticed_and_a_moved_set_is_not(
+        chain, toy, tmp_path, complaint, capsys):
+    shutil.copy(chain / "inv.pt", tmp_path)
+    shutil.copytree(toy, tmp_path / "toy")
+    run_stage("inv", tmp_path / "toy", tmp_path)
+    assert "finished at epoch 2" in capsys.readouterr().out
+    with open(tb.read_videos("toy", tmp_path / "toy", True).path(7), "ab") as file:
+        file.write(b"0")
+    assert "the set of training videos has changed since" in complaint(
+        run_stage, "inv", tmp_path / "toy", tmp_path)
+
+
+def test_fewer_epochs_leave_room_for_the_steps_in_which_batch_norm_settles(
+        chain, toy, tmp_path, complaint):
+    saved = load(chain, "inv")  # two epochs of six steps, as if they were the first of 100
+    torch.save({**saved, "finished": False, "args": {**saved["args"], "epochs": 100}},
+               tmp_path / "inv.pt")
+    error = complaint(run_stage, "inv", toy, tmp_path, "--epochs", 6)
+    assert f"--epochs 6: {tmp_path}/inv.pt has 2 epochs, give 7 or more" in error
+    run_stage("inv", toy, tmp_path, "--epochs", 7)
+    assert load(tmp_path, "inv")["finished"]
+
+
+def test_two_runs_do_not_overwrite_each_other(chain, toy, tmp_path, complaint, request):
+    def meanwhile(*_):
+        shutil.copy(chain / "labeled_only.pt", tmp_path)
+
+    request.addfinalizer(register_optimizer_step_post_hook(meanwhile).remove)
+    error = complaint(run_stage, "labeled_only", toy, tmp_path)
+    assert f"another run writes {tmp_path}/labeled_only.pt" in error
+    kept = (tmp_path / "labeled_only.pt").read_bytes()
+    assert kept == (chain / "labeled_only.pt").read_bytes()
+    assert torch.load(tmp_path / "labeled_only.pt.other")["finished"]
+
+
+def test_a_restarted_run_is_the_one_that_goes_on(chain, toy, tmp_path, complaint, request,
+                                                 monkeypatch):
+    """After Ctrl-C in its first step; torchrun's own restart repeats the flag."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    shutil.copy(chain / "inv.pt", tmp_path)
+    hook = register_optimizer_step_post_hook(interrupt)
+    request.addfinalizer(hook.remove)
+    error = complaint(run_stage, "inv", toy, tmp_path, "--restart", "--lr", 0.01, status=1)
+    assert "the same command, without --restart, goes on" in error
+    assert load(tmp_path, "inv")["args"]["lr"] == 0.01 and not load(tmp_path, "inv")["finished"]
+    hook.remove()
+    run_stage("inv", toy, tmp_path, "--lr", 0.01)
+    before = (tmp_path / "inv.pt").read_bytes()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run_stage("inv", toy, tmp_path, "--restart", "--lr", 0.01)
+    assert (tmp_path / "inv.pt").read_bytes() == before
+
+
+def test_a_checkpoint_of_older_code_is_one_line(chain, toy, tmp_path, complaint):
+    saved = load(chain, "inv")
+    del saved["made_from"]
+    torch.save(saved, tmp_path / "inv.pt")
+    for stage in ("inv", "ft"):
+        error = complaint(run_stage, stage, toy, tmp_path)
+        assert f"{tmp_path}/inv.pt: made by another version of this code" in error
 
 
 class Malicious:

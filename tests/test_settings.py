@@ -28,6 +28,14 @@ def test_later_stages_take_settings_from_checkpoints_and_a_flag_overrides_them(c
     assert "--size 24 in place of 16, of inv.pt" in capsys.readouterr().out
 
 
+def test_no_flip_is_carried_along(toy, tmp_path):
+    for stage in ("inv", "dist"):
+        run_stage(stage, toy, tmp_path, "--epochs", 1, "--no-flip")
+    for stage in ("ft", "student"):
+        run_stage(stage, toy, tmp_path, "--epochs", 1)
+    assert all(load(tmp_path, name)["args"]["no_flip"] for name in ("inv_ft", "dist_ft", "student"))
+
+
 def test_every_command_of_the_ablations_table_runs_in_order(chain, toy, tmp_path):
     """Pasted one after the other into one folder: none is refused, each writes its own file."""
     for name in ("inv", "dist"):  # the others are made again, of one epoch

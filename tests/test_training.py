@@ -116,6 +116,14 @@ def test_the_loss_at_chance_is_printed_once(stage, line, toy, tmp_path, capsys):
     assert line in before and "at chance" not in after
 
 
+def test_a_line_is_in_the_file_at_once(tmp_path, monkeypatch):
+    """Of sbatch, nohup or tee: Python keeps 8 kB back."""
+    with open(tmp_path / "out.txt", "w") as file:
+        monkeypatch.setattr("sys.stdout", file)
+        tb.print0("epoch 1")
+        assert (tmp_path / "out.txt").read_text() == "epoch 1\n"
+
+
 def test_stage_3_logs_accuracy_and_loss_terms(chain):
     assert read_log(chain, "student")[-1].keys() >= {
         "train_accuracy", "l_sup", "l_unsup", "l_unsup_labeled", "weight_inv", "agreement"}
