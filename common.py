@@ -951,9 +951,9 @@ def read_lines(path):
         raise UserError(f"{path}: {error.strerror}") from None
 
 
-def labeled_subset(names, labels, percent, seed=0):
-    """The deterministic labelled fraction: of each class max(1, round(percent / 100 * its videos))
-    -> sorted ids.
+def labeled_subset(names, labels, percent, seed=0, per_class=None):
+    """The deterministic labelled fraction: of each class max(1, round(percent / 100 * its videos)),
+    or per_class -> sorted ids.
 
     names, labels: of the training videos, in any order; label -1 is no class. Within a class those
     come first whose sha256 of "<seed> <name>" is smallest, so a smaller fraction is part of a
@@ -969,7 +969,7 @@ def labeled_subset(names, labels, percent, seed=0):
     chosen = []
     for c in np.unique(labels[labels >= 0]):
         members = sorted(np.flatnonzero(labels == c), key=rank_of)
-        chosen += members[:max(1, round(percent / 100 * len(members)))]
+        chosen += members[:per_class or max(1, round(percent / 100 * len(members)))]
     return np.array(sorted(chosen), np.int64)
 
 
@@ -1669,7 +1669,8 @@ def labeled_and_all_videos(args, teachers={}):
     elif args.labeled_list:
         labeled = read_labeled_list(args.labeled_list, videos)
     else:
-        labeled = labeled_subset(videos.names, videos.labels, args.percent, args.subset_seed)
+        labeled = labeled_subset(videos.names, videos.labels, args.percent or 100,
+                                 args.subset_seed, args.per_class)
     if not len(labeled):
         raise UserError(f"{videos.folder}: no video has a class, so none can have a label")
     videos.mask_labels(keep=labeled)
@@ -1788,7 +1789,7 @@ def recipe(data, stage):
         "root": f"data/{data}",
         "split": 1,
         "pool": "train",
-        "percent": {"ucf101": 5, "hmdb51": 40, "toy": 6}.get(data, 10),
+        "percent": {"ucf101": 5, "hmdb51": 40, "toy": 6, "folder": 100}.get(data, 10),
         "subset_seed": 0,
         "clips": 4,
         "frames": 16 if ssl else 8,
@@ -1860,6 +1861,8 @@ def stage_parser(stage, description):
         labels = data.add_mutually_exclusive_group()
         labels.add_argument("--percent", type=ranged(float, 1e-3, 100), metavar="P",
                             help="labelled share of each class in %%")
+        labels.add_argument("--per-class", type=count, metavar="N",
+                            help="labelled videos of each class, instead of --percent")
         labels.add_argument("--labeled-list", metavar="FILE",
                             help="a published list of the labelled videos, instead of --percent")
         data.add_argument("--subset-seed", type=from_0,
@@ -1908,8 +1911,8 @@ def stage_parser(stage, description):
 
 # What stages 2 and 3 take from the checkpoints they read, if no flag says otherwise.
 INHERITED = {"finetune": ("data", "root", "split", "pool", "arch", "size", "no_flip")}
-INHERITED["student"] = (*INHERITED["finetune"], "frames", "stride", "labeled_list", "percent",
-                        "subset_seed")
+SUBSET = ("percent", "per_class", "labeled_list")  # one of them chooses the labelled videos
+INHERITED["student"] = (*INHERITED["finetune"], "frames", "stride", *SUBSET, "subset_seed")
 
 
 def start(parser, stage, argv, earlier=None):
@@ -1935,20 +1938,20 @@ def start(parser, stage, argv, earlier=None):
         if saved.get("stage"):
             made_with[name] = {k: v for k, v in saved["args"].items() if k in INHERITED[stage]}
     taken = {key: value for made in made_with.values() for key, value in made.items()}
-    if getattr(args, "percent", None):
-        taken.pop("labeled_list", None)
+    if any(getattr(args, key, None) for key in SUBSET):
+        taken = {key: value for key, value in taken.items() if key not in SUBSET}
     defaults = {"precision": default_precision(args.device)}
     defaults |= recipe(args.data or taken.get("data", "toy"), stage) | taken | {"out": out}
     parser.set_defaults(**{key: value for key, value in defaults.items() if key in args})
     args = parser.parse_args(argv)  # --help ends here
-    if getattr(args, "labeled_list", None):
+    if any(getattr(args, key, None) for key in SUBSET[1:]):
         args.percent = None
 
     for name, made in made_with.items():
         for key in INHERITED[stage]:
             if key in made and getattr(args, key) != made[key]:
                 flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
-                if key in ("arch", "labeled_list", "percent", "subset_seed"):
+                if key in ("arch", *SUBSET, "subset_seed"):
                     raise UserError(f"{flag} contradicts {name}, made with {made[key]}")
                 print0(f"{flag} in place of {made[key]}, of {name}")
     large_r3d = args.arch.startswith("r3d") and args.size > 112

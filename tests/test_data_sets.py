@@ -6,15 +6,17 @@ Those that read the official lists look for them in the folder that TIMEBALANCE_
 import argparse
 import ctypes
 import os
+import re
 import shutil
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
 
 import common as tb
 from conftest import contents
-from test_common import run_stage
+from test_common import HERE, run_stage
 
 
 def stand_in(folder, names):
@@ -66,6 +68,49 @@ def test_official_splits(data, split, in_train, in_test, official):
     everything = set(tb.read_videos(data, official / data, True, split, pool="all").names)
     assert len(everything) == {"u": in_train, "h": 5236}[data[0]]
     assert set(train.names) <= everything and not everything & set(test.names)
+
+
+def test_the_table_of_label_protocols_counts_what_is_there(official, real_data):
+    """The row of docs/differences.md has these counts, and the ranges over classes."""
+    rows = [line for line in (HERE / "docs/differences.md").read_text().splitlines()
+            if re.match(r"\| (UCF101|HMDB51|Kinetics400), ", line)]
+
+    def described(sets, classes):
+        counts = [Counter(folders(names)) for names in sets]
+        ranges = []
+        for of_class in counts:
+            low, high = min(of_class.values()), max(of_class.values())
+            ranges.append(f"{low} to {high}" if low < high else f"{low}")
+            if len(of_class) < classes:
+                ranges[-1] += " (one class has none)"
+        return f"| {', '.join(f'{len(s):,}' for s in sets)} | {', '.join(dict.fromkeys(ranges))} |"
+
+    expected = []
+    for data, pool, percents in (("ucf101", "train", (5, 10, 20, 50)),
+                                 ("hmdb51", "train", (40, 50, 60)), ("hmdb51", "all", (40, 50, 60))):
+        videos = tb.read_videos(data, official / data, True, 1, pool)
+        ours = [{videos.names[i] for i in tb.labeled_subset(videos.names, videos.labels, p)}
+                for p in percents]
+        assert all(a < b for a, b in zip(ours, ours[1:]))
+        lists = [real_data / f"splits/videossl/{data}/videossl_splits/{data}_train_{p}_percent_"
+                 "labeled_split_1_rawframes.txt" for p in percents]
+        theirs = [{row.split()[0] for row in tb.read_lines(path)} for path in lists]
+        both = len(theirs[0] & theirs[1])
+        if pool == "train":
+            expected.append((described(theirs, len(videos.classes)), f"{both:,} are among the"
+                             if data == "hmdb51" else f"only {both:,} are among the"))
+        expected.append((described(ours, len(videos.classes)), ""))
+        if data == "hmdb51" and pool == "train":
+            in_split = {os.path.splitext(name)[0] for name in videos.names}
+            neither = len(theirs[0] - in_split)
+    lists = [real_data / f"splits/videossl/kinetics400/kinetics400_train_{p}_percent_labeled_"
+             "videos.txt" for p in (1, 10)]
+    theirs = [{row.split()[0] for row in tb.read_lines(path)} for path in lists]
+    expected.append((described(theirs, 400), f"only {len(theirs[0] & theirs[1])} are among the"))
+    assert len(rows) == len(expected) == 6
+    for row, parts in zip(rows, expected):
+        assert all(part in row for part in parts), (row, parts)
+    assert f"split has {neither} neither" in rows[2]
 
 
 @pytest.mark.parametrize("data, percent, count", [
