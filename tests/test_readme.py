@@ -1,5 +1,6 @@
 """README.md and docs/: commands, flags, links and code blocks are what the code has."""
 
+import ast
 import contextlib
 import importlib
 import io
@@ -8,6 +9,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+
+import common as tb
 
 HERE = Path(__file__).resolve().parents[1]
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
@@ -101,8 +104,24 @@ def test_links_lead_somewhere(page):
         assert link.startswith("https://") or (page.parent / path).exists(), link
 
 
+def test_one_file_is_classified_as_by_evaluate(chain, toy, tmp_path, monkeypatch, capsys):
+    _, code = blocks((HERE / "README.md").read_text(), "python")
+    video = tb.read_videos("toy", toy, False).path(0)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/toy").symlink_to(chain)
+    (tmp_path / "a.avi").symlink_to(video)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    found = ast.literal_eval(capsys.readouterr().out)
+    MODULES["evaluate.py"].main([
+        "--checkpoint", "runs/toy", "--videos", "a.avi", "--output", "out", "--clips", "1",
+        "--scales", "1", "--precision", "fp32", "--device", "cpu", "--workers", "0"])
+    rows = (tmp_path / "out/predictions.csv").read_text().splitlines()[1:]
+    assert {row.split(",")[3]: float(row.split(",")[4]) for row in rows} == found
+
+
 def test_the_pieces_run_as_they_stand():
-    [code] = blocks((HERE / "README.md").read_text(), "python")
+    code, _ = blocks((HERE / "README.md").read_text(), "python")
     names = {}
     exec(code, names)
     shapes = {"x": (80, 3, 16, 24, 24), "f": (80, 96, 4), "slices": (64, 96), "z": (8, 4, 128),
