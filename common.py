@@ -951,7 +951,7 @@ def read_lines(path):
         raise UserError(f"{path}: {error.strerror}") from None
 
 
-def labeled_subset(names, labels, percent, seed=0, per_class=None):
+def labeled_subset(names, labels, percent=100, seed=0, per_class=None):
     """The deterministic labelled fraction: of each class max(1, round(percent / 100 * its videos)),
     or per_class -> sorted ids.
 

@@ -235,9 +235,6 @@ def test_labelled_subsets_are_nested_and_depend_on_the_seed():
     assert subset(1) < subset(5) < subset(10) < subset(50) < subset(100) == set(NAMES)
     assert subset(5) != subset(5, seed=1)
     assert tb.labeled_subset(["u/1.avi"], [-1], 100).tolist() == []  # no class
-    labels = [int(name[1]) for name in NAMES]
-    chosen = tb.labeled_subset(NAMES, labels, 100, per_class=5)  # of 3, 40 and 101
-    assert np.bincount(np.array(labels)[chosen]).tolist() == [3, 5, 5]
 
 
 # ---- A tiny chain of all stages, with the label firewall -----------------------------------------

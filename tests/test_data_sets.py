@@ -70,6 +70,13 @@ def test_official_splits(data, split, in_train, in_test, official):
     assert set(train.names) <= everything and not everything & set(test.names)
 
 
+def test_as_many_labels_of_each_class():
+    labels = np.repeat([0, 1, 2], [3, 40, 101])
+    names = [f"{k}.avi" for k in range(144)]
+    few, more = (set(tb.labeled_subset(names, labels, per_class=n)) for n in (5, 9))
+    assert np.bincount(labels[list(few)]).tolist() == [3, 5, 5] and few < more
+
+
 def test_the_table_of_label_protocols_counts_what_is_there(official, real_data):
     """The row of docs/differences.md has these counts, and the ranges over classes."""
     rows = [line for line in (HERE / "docs/differences.md").read_text().splitlines()

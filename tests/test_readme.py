@@ -13,7 +13,7 @@ import pytest
 import common as tb
 
 HERE = Path(__file__).resolve().parents[1]
-PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
+PAGES = [HERE / "README.md", *sorted((HERE / "docs").rglob("*.md"))]
 STAGES = ["pretrain_inv.py", "pretrain_dist.py", "finetune.py", "train_student.py", "evaluate.py"]
 SCRIPTS = [*STAGES, *(f"docs/study/{name}.py" for name in ("draw", "intervals", "unlabeled"))]
 MODULES = {name: importlib.import_module(name[:-3].replace("/", ".")) for name in SCRIPTS}
