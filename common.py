@@ -1161,8 +1161,8 @@ def command(main):
             print(f"{script}: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print(f"{script}: interrupted; the same command, without --restart, goes on from the "
-                  "last checkpoint", file=sys.stderr)
+            goes_on = "; the same command, without --restart, goes on from the last checkpoint"
+            print(f"{script}: interrupted" + goes_on * (script != "evaluate.py"), file=sys.stderr)
             sys.exit(1)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1428,8 +1428,6 @@ class State:
         elif self.path.exists():
             self.resume()
         self.stream = batches.stream(self.steps_done(), self.steps_in_run)
-        if not self.finished:
-            self.write_log()  # so that a folder that cannot be written is found at the start
 
     def resume(self):
         saved = read_checkpoint(self.path, finished=False)
@@ -1452,7 +1450,8 @@ class State:
             least = min(least, saved["args"]["epochs"])
         if self.args.epochs < least:
             raise UserError(f"--epochs {self.args.epochs}: {self.path} has {self.epoch} epochs, "
-                            f"give {least} or more")
+                            f"and in the last {RECALIBRATION} steps weights are frozen: give "
+                            f"{least} or more")
         for name, module in self.modules.items():
             module.load_state_dict(saved[name])
         self.sums = Counter(saved["sums"])
@@ -1469,6 +1468,7 @@ class State:
 
     def steps(self):
         """The batches that are left of the current epoch. A bar shows the time left of the run."""
+        self.write_log()  # so that a folder that cannot be written is found before training
         self.since = time.perf_counter()
         with tqdm(total=self.steps_in_run, initial=self.steps_done(), leave=False,
                   desc=f"{self.args.name}: epoch {self.epoch + 1}/{self.args.epochs}",
@@ -1501,9 +1501,9 @@ class State:
             values /= world_size()
         self.sums = Counter(dict(zip(self.sums, values.tolist())))
         if not values.isfinite().all():
-            sys.exit(f"a loss is not finite in epoch {self.epoch + 1}; {self.path} is unchanged. "
-                     "Begin again with --restart and a smaller --lr or --precision fp32; stage 1 "
-                     f"can keep its weights: --init {self.path} and another --out")
+            keep = f"--init {self.path} and another --out in stage 1, or "
+            sys.exit(f"a loss is not finite in epoch {self.epoch + 1}: a smaller --lr or "
+                     f"--precision fp32 with {keep * self.path.exists()}--restart")
 
     def end_epoch(self):
         """Print and log the means of an epoch's numbers -> those of the loss terms."""
@@ -1555,7 +1555,7 @@ class State:
             write_atomically(path, lambda file: torch.save(content, file))
             if path != self.path:
                 raise UserError(f"another run writes {self.path}: the state of this one is in "
-                                f"{path}, give each its own --out or --name")
+                                f"{path}, give each its own --out")
             self.saved_at = self.file_time()
         barrier()
 
@@ -1625,7 +1625,7 @@ def read_checkpoint(path, folder="", stages=(), finished=True):
     if stages and stage not in stages:
         raise UserError(f"{path}: found a checkpoint of {stage or 'another program'}, expected one "
                         f"of {' or '.join(filter(None, stages))}")
-    if stage and "made_from" not in saved:
+    if stage and not {"made_from", "args"} <= saved.keys():
         raise UserError(f"{path}: made by another version of this code")
     if stage and finished and not saved["finished"]:
         raise UserError(f"{path}: unfinished (epoch {saved['epoch']} of {saved['args']['epochs']}),"

@@ -136,6 +136,9 @@ def evaluate_folder(folder, classifiers, args, device):
         if different:
             raise UserError(f"{folder}: {first} and {name} differ in {', '.join(different)}: "
                             "evaluate them one by one")
+        for source, digest in saved["made_from"].items():
+            if source in classifiers and weight_digest(classifiers[source]) != digest:
+                print0(f"note: {source} has changed since {name} was made from it")
     share = 100 * np.bincount(videos.labels).max() / len(videos)
     print0(f"{len(videos)} test videos of {len(videos.classes)} classes: chance is "
            f"{100 / len(videos.classes):.1f} %, the most frequent class has {share:.1f} %")
@@ -150,8 +153,10 @@ def evaluate_folder(folder, classifiers, args, device):
     described = {name: describe(name, saved, p[name], videos, root, args)
                  for name, saved in classifiers.items()}
     if all(name in classifiers for name in TEACHERS):
-        teachers = {name: classifiers[name] for name in TEACHERS}
-        p_inv, p_dist = (p[name] for name in TEACHERS)
+        pair = sorted(TEACHERS, key=lambda name: (
+            classifiers[name].get("pretrained_by") != "pretrain_inv"))  # whatever the files' names
+        teachers = {name: classifiers[name] for name in pair}
+        p_inv, p_dist = (p[name] for name in pair)
         together = combine_on_test_videos(p_inv, p_dist, teachers, folder, videos, args, device)
         for title, probabilities in together.items():
             p[title] = probabilities
@@ -172,16 +177,19 @@ def evaluate_folder(folder, classifiers, args, device):
 
 def write_results(folder, results):
     """Put rows into results.json in the place of those of the same checkpoint, data, clips and
-    scales."""
+    scales. The teachers' combinations count as one."""
     def key(row):
-        return [row.get(k) for k in ("checkpoint", "data", "root", "split", "clips", "scales")]
+        name = "teachers" if row["stage"] == "teachers" else row["checkpoint"]
+        return [name, *(row.get(k) for k in ("data", "root", "split", "clips", "scales"))]
 
     path = folder / "results.json"
-    kept = []
-    with contextlib.suppress(OSError, ValueError):  # no such file, or no JSON
-        kept = json.loads(path.read_text())
     new = [key(row) for row in results]
-    kept = [row for row in kept if key(row) not in new]
+    try:
+        kept = [row for row in json.loads(path.read_text()) if key(row) not in new]
+    except OSError:  # there is none
+        kept = []
+    except (ValueError, TypeError, LookupError):
+        raise UserError(f"{path} is damaged, so nothing was added: remove it") from None
     write_text(path, json.dumps(kept + results, indent=1))
 
 
@@ -251,6 +259,9 @@ def combine_on_test_videos(p_inv, p_dist, teachers, folder, videos, args, device
         return {}
     scores = {"teachers, mean": torch.full((len(ids),), 0.5)}
     try:
+        if (inv.get("pretrained_by"), dist.get("pretrained_by")) != (
+                "pretrain_inv", "pretrain_dist"):
+            raise UserError("it needs a teacher of pretrain_inv.py and one of pretrain_dist.py")
         matrices = []
         for saved in teachers.values():
             stage_1 = read_stage_1(saved, folder)

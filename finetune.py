@@ -16,6 +16,7 @@ Writes: OUT/inv_ft.pt and OUT/dist_ft.pt, with a log each, and OUT/labeled.txt, 
         After stage 1 on UCF101. 5 % of each class have a label.
 """
 
+import argparse
 import os
 from pathlib import Path
 
@@ -40,13 +41,18 @@ def main(argv=None):
     args, device, pretrained = start(parser, "finetune", argv, lambda args, out: (
         args.init, args.pretrained or out, ["pretrain_inv", "pretrain_dist", None]))
     labeled, videos = labeled_and_all_videos(args)
+    runs = []  # all are prepared, and refused if need be, before the first one is trained
     for init in args.init:
-        args.init = init  # each checkpoint says what it alone was made from
-        args.name = "labeled_only" if init == "none" else f"{Path(init).stem}_ft"
-        finetune(args, pretrained.get(init), labeled, videos, device)
+        name = "labeled_only" if init == "none" else f"{Path(init).stem}_ft"
+        own_args = argparse.Namespace(**{**vars(args), "init": init, "name": name})
+        runs.append(prepare_run(own_args, pretrained.get(init), labeled, videos, device))
+    rows = [f"{videos.names[i]} {videos.labels[i]}\n" for i in labeled]
+    write_text(os.path.join(args.out, "labeled.txt"), "".join(rows))
+    for run in runs:
+        finetune(*run, videos, device)
 
 
-def finetune(args, saved, labeled, videos, device):
+def prepare_run(args, saved, labeled, videos, device):
     """saved: the content of the checkpoint to start from, None for random weights."""
     seed = seed_of("finetune", args.seed)
     torch.manual_seed(seed)
@@ -66,8 +72,11 @@ def finetune(args, saved, labeled, videos, device):
     batches = Batches(videos, [pool], args.frames, seed, args, device)
     state = State("finetune", args, batches, made_from, labeled, passed_on, model=model,
                   optimizer=optimizer, scheduler=scheduler)
-    rows = [f"{videos.names[i]} {videos.labels[i]}\n" for i in labeled]
-    write_text(os.path.join(args.out, "labeled.txt"), "".join(rows))
+    return args, seed, model, net, optimizer, scheduler, state
+
+
+def finetune(args, seed, model, net, optimizer, scheduler, state, videos, device):
+    """Train what prepare_run has prepared."""
     if state.finished:
         return
 

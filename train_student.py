@@ -19,6 +19,7 @@ Writes: OUT/student.pt and OUT/student.log.
 """
 
 import os
+from collections import Counter
 
 from common import (
     WEAK, Batches, Pool, State, UserError, augment_clips, autocast, build_model, combine_teachers,
@@ -70,8 +71,11 @@ def main(argv=None):
     student = build_model(args.arch, len(videos.classes))
     made_from = dict(saved_teachers)
     if args.init != "none":
-        made_from[args.init] = read_checkpoint(args.init, args.pretrained or args.out)
-        start_from(student, args.init, made_from[args.init])
+        saved = made_from[args.init] = read_checkpoint(args.init, args.pretrained or args.out)
+        start_from(student, args.init, saved)
+        if saved.get("stage") and saved["args"]["no_flip"] and not args.no_flip:
+            args.no_flip = True
+            print0(f"--no-flip, as {args.init}")
     student.to(device, memory_format=torch.channels_last_3d)
     net = distribute(student, 2 * args.batch, args, device)
     optimizer = torch.optim.Adam(student.parameters(), args.lr, betas=(0.9, 0.999), fused=True)
@@ -172,15 +176,13 @@ def weigh_videos(reweight, saved_teachers, names):
 
 def find_moved(matrices, names):
     """The matrices, {name: C}, with those of videos that lie in another folder now, as they do when
-    they get a label: a video whose name is new has that of the only one of its file name that is
-    gone."""
-    gone = {}
-    new = {}
-    for group, some in ((gone, matrices.keys() - set(names)), (new, set(names) - matrices.keys())):
-        for name in some:
-            group.setdefault(os.path.basename(name), []).append(name)
-    pairs = [(new[file], gone[file]) for file in new.keys() & gone.keys()]
-    return matrices | {n[0]: matrices[g[0]] for n, g in pairs if len(n) == len(g) == 1}
+    they get a label: a video has that of its file name, if the name was and is there only once."""
+    def unique(names):
+        counts = Counter(map(os.path.basename, names))
+        return {file: name for name in names if counts[file := os.path.basename(name)] == 1}
+
+    before, now = unique(matrices), unique(names)
+    return matrices | {now[file]: matrices[before[file]] for file in now.keys() & before.keys()}
 
 
 if __name__ == "__main__":

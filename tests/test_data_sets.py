@@ -93,8 +93,9 @@ def test_the_table_of_label_protocols_counts_what_is_there(official, real_data):
         return f"| {', '.join(f'{len(s):,}' for s in sets)} | {', '.join(dict.fromkeys(ranges))} |"
 
     expected = []
-    for data, pool, percents in (("ucf101", "train", (5, 10, 20, 50)),
-                                 ("hmdb51", "train", (40, 50, 60)), ("hmdb51", "all", (40, 50, 60))):
+    for data, pool, percents in [
+            ("ucf101", "train", (5, 10, 20, 50)), ("hmdb51", "train", (40, 50, 60)),
+            ("hmdb51", "all", (40, 50, 60))]:
         videos = tb.read_videos(data, official / data, True, 1, pool)
         ours = [{videos.names[i] for i in tb.labeled_subset(videos.names, videos.labels, p)}
                 for p in percents]

@@ -149,7 +149,8 @@ def test_means_are_over_runs_that_agree(toy, tmp_path, capsys):
 def test_how_often_the_teachers_agree_is_printed(toy, tmp_path, capsys):
     make_folder(tmp_path / "data", toy, dict.fromkeys("ab", 1))
     for name, order in {"inv_ft": "ab", "dist_ft": "ba"}.items():
-        save_classifier(tmp_path / f"{name}.pt", tmp_path / "data", order)
+        save_classifier(tmp_path / f"{name}.pt", tmp_path / "data", order,
+                        pretrained_by=f"pretrain_{name[:-3]}")
     evaluate.main([str(tmp_path), *EVALUATE])
     printed = capsys.readouterr().out
     assert "both teachers predict the same class for 0.0 % of the test videos" in printed
@@ -284,9 +285,31 @@ def test_tstr_knows_a_teacher_by_its_stage_1(chain, toy, tmp_path, capsys, compl
 def test_a_video_that_got_a_label_since_keeps_its_similarity():
     """By its file name, where that is unique and the old path is gone."""
     c = {name: torch.eye(2) for name in ("u/a.avi", "u/b.avi", "u/c.avi", "v/c.avi", "u/d.avi")}
-    names = ["t/a.avi", "t/b.avi", "w/b.avi", "t/c.avi", "u/d.avi", "t/d.avi"]
+    names = ["t/a.avi", "t/b.avi", "w/b.avi", "t/c.avi", "v/c.avi", "u/d.avi", "t/d.avi"]
     found = find_moved(c, names)
     assert found.keys() - c.keys() == {"t/a.avi"} and found["t/a.avi"] is c["u/a.avi"]
+
+
+def test_evaluation_knows_teachers_by_their_stage_1_too(chain, tmp_path, capsys):
+    """Files that have changed names; and two of a kind."""
+    rows = []
+    for k, (inv, dist) in enumerate([("inv_ft", "dist_ft"), ("dist_ft", "inv_ft"),
+                                     ("inv_ft", "inv_ft")]):
+        shutil.copytree(chain, tmp_path / f"{k}")
+        shutil.copy(chain / f"{inv}.pt", tmp_path / f"{k}/inv_ft.pt")
+        shutil.copy(chain / f"{dist}.pt", tmp_path / f"{k}/dist_ft.pt")
+        evaluate.main([str(tmp_path / f"{k}"), *EVALUATE])
+        rows.append([r["top1"] for r in read_results(tmp_path / f"{k}")
+                     if r["checkpoint"] == "teachers, TSTR"])
+    assert rows[0] == rows[1] != [] and not rows[2]
+    assert "note: dist_ft.pt has changed since student.pt was made" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["null", "[1]", '{"a": 1}', "[{"])
+def test_a_damaged_file_of_results_stays(content, classifier, tmp_path, complaint):
+    (tmp_path / "results.json").write_text(content)
+    assert "results.json is damaged" in complaint(evaluate.main, [str(classifier), *EVALUATE])
+    assert (tmp_path / "results.json").read_text() == content
 
 
 # ---- Prediction ----------------------------------------------------------------------------------

@@ -107,6 +107,16 @@ def test_what_a_run_was_made_from_has_changed(stage, name, begun, chain, toy, tm
     assert contents(tmp_path) == before
 
 
+def test_a_refused_command_changes_no_file(chain, toy, tmp_path, complaint):
+    """Also where the second of two fine-tunings is refused, for other labelled videos."""
+    for name in ("inv.pt", "dist.pt", "dist_ft.pt", "labeled.txt"):
+        shutil.copy(chain / name, tmp_path)
+    before = contents(tmp_path)
+    assert "dist_ft.pt was made with percent" in complaint(
+        run_stage, "ft", toy, tmp_path, "--percent", 40)
+    assert contents(tmp_path) == before
+
+
 def test_other_videos_under_the_same_names_are_noticed_and_a_moved_set_is_not(
         chain, toy, tmp_path, complaint, capsys):
     shutil.copy(chain / "inv.pt", tmp_path)
@@ -125,7 +135,7 @@ def test_fewer_epochs_leave_room_for_the_steps_in_which_batch_norm_settles(
     torch.save({**saved, "finished": False, "args": {**saved["args"], "epochs": 100}},
                tmp_path / "inv.pt")
     error = complaint(run_stage, "inv", toy, tmp_path, "--epochs", 6)
-    assert f"--epochs 6: {tmp_path}/inv.pt has 2 epochs, give 7 or more" in error
+    assert f"--epochs 6: {tmp_path}/inv.pt has 2 epochs" in error and "give 7 or more" in error
     run_stage("inv", toy, tmp_path, "--epochs", 7)
     assert load(tmp_path, "inv")["finished"]
 

@@ -33,7 +33,10 @@ def test_no_flip_is_carried_along(toy, tmp_path):
         run_stage(stage, toy, tmp_path, "--epochs", 1, "--no-flip")
     for stage in ("ft", "student"):
         run_stage(stage, toy, tmp_path, "--epochs", 1)
-    assert all(load(tmp_path, name)["args"]["no_flip"] for name in ("inv_ft", "dist_ft", "student"))
+    run_stage("student", toy, tmp_path, "--epochs", 1, "--teachers", "none", "--init", "dist.pt",
+              "--name", "alone")
+    for name in ("inv_ft", "dist_ft", "student", "alone"):
+        assert load(tmp_path, name)["args"]["no_flip"], name
 
 
 def test_every_command_of_the_ablations_table_runs_in_order(chain, toy, tmp_path):

@@ -232,7 +232,9 @@ def test_all_stages_on_real_clips(real_clips, tmp_path):
         shutil.copy(clip, tmp_path / folder / f"-x{i}{clip.suffix}")
     out = tmp_path / "out"
     for stage in STAGES:
-        run_stage(stage, tmp_path, out, "--data", "folder", "--arch", "r3d_tiny", "--epochs", 1)
+        few = ["--per-class", 1] if stage in ("ft", "labeled_only") else []
+        run_stage(stage, tmp_path, out, "--data", "folder", "--arch", "r3d_tiny", "--epochs", 1,
+                  *few)
     evaluate.main([str(out), "--clips", "2", "--workers", "0"])
     results = read_results(out)
     assert [r["checkpoint"] for r in results] == EVALUATED
