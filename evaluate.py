@@ -80,6 +80,8 @@ def main(argv=None):
     for folder, classifiers in found.items():
         rows = evaluate_folder(folder, classifiers, args, device)
         results += rows
+        if args.output:  # two run folders may share it
+            rows = [{**row, "folder": str(folder)} for row in rows]
         try:
             write_results(args.output or folder, rows)
         except UserError as error:
@@ -180,7 +182,8 @@ def write_results(folder, results):
     scales. The teachers' combinations count as one."""
     def key(row):
         name = "teachers" if row["stage"] == "teachers" else row["checkpoint"]
-        return [name, *(row.get(k) for k in ("data", "root", "split", "clips", "scales"))]
+        return [name, *(row.get(k) for k in (
+            "folder", "data", "root", "split", "clips", "scales"))]
 
     path = folder / "results.json"
     new = [key(row) for row in results]
@@ -256,6 +259,7 @@ def combine_on_test_videos(p_inv, p_dist, teachers, folder, videos, args, device
     inv, dist = teachers.values()
     ids = list(p_inv)
     if not ids or inv["labeled"] != dist["labeled"]:
+        print0("no rows of both teachers: they were fine-tuned on different labelled videos")
         return {}
     scores = {"teachers, mean": torch.full((len(ids),), 0.5)}
     try:

@@ -154,6 +154,9 @@ def test_how_often_the_teachers_agree_is_printed(toy, tmp_path, capsys):
     evaluate.main([str(tmp_path), *EVALUATE])
     printed = capsys.readouterr().out
     assert "both teachers predict the same class for 0.0 % of the test videos" in printed
+    save_classifier(tmp_path / "inv_ft.pt", tmp_path / "data", labeled=["another"])
+    evaluate.main([str(tmp_path), *EVALUATE])
+    assert "fine-tuned on different labelled videos" in capsys.readouterr().out
     assert "no row for TSTR: gone/inv.pt, from which a teacher was made" in printed
 
 
@@ -162,6 +165,15 @@ def test_rows_of_other_settings_stay(classifier, tmp_path, capsys):
         evaluate.main([str(classifier), *EVALUATE[2:], *flags])
     assert [(r["checkpoint"], r["clips"]) for r in read_results(tmp_path)] == [
         ("student.pt", 2), ("student.pt", 1)]
+
+
+def test_two_run_folders_share_an_output(classifier, tmp_path):
+    (tmp_path / "other").mkdir()
+    shutil.copy(classifier, tmp_path / "other")
+    for run in (tmp_path, tmp_path / "other", tmp_path):
+        evaluate.main([str(run / "student.pt"), "--output", str(tmp_path / "out"), *EVALUATE])
+    assert [r["folder"] for r in read_results(tmp_path / "out")] == [
+        str(tmp_path / "other"), str(tmp_path)]
 
 
 def test_more_than_a_tenth_that_cannot_be_decoded_stops_the_evaluation(classifier, tmp_path,
