@@ -902,8 +902,9 @@ def warn_of_folders(root, names):
                 file.lower().endswith(SUFFIXES) for file in found):
             warnings.warn(f"{root / folder} is not read: only train/, test/ and unlabeled/ are")
     tests = {}  # of each file name the sizes
-    for name in list_videos(root / "test") if os.path.isdir(root / "test") else ():
-        tests.setdefault(os.path.basename(name), set()).add(size_of(root / "test" / name))
+    with contextlib.suppress(UserError):  # training does without them
+        for name in list_videos(root / "test"):
+            tests.setdefault(os.path.basename(name), set()).add(size_of(root / "test" / name))
     twice = [name for name in names if os.path.basename(name) in tests
              and size_of(root / name) in tests[os.path.basename(name)]]
     if twice:
@@ -1021,7 +1022,7 @@ def weight_digest(saved):
     """Eight hexadecimal digits that tell one network from another, of what torch.load returned."""
     digest = hashlib.sha256()
     for weight in find_weights(saved).values():
-        digest.update(weight.float().numpy().tobytes())
+        digest.update(weight.detach().float().numpy().tobytes())
     return digest.hexdigest()[:8]
 
 
@@ -1423,10 +1424,13 @@ class State:
         self.saved_at = self.file_time()
         # torchrun gives a run that it restarts the same arguments.
         first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        if args.restart and first_start:
-            self.save()  # so that the same command without --restart does not resume the old run
-        elif self.path.exists():
-            self.resume()
+        if self.path.exists():
+            for name in filter(os.path.exists, made_from):
+                if os.path.samefile(name, self.path):
+                    raise UserError(f"--init {name} is the file that this run writes: give "
+                                    "another --out")
+            if not (args.restart and first_start):
+                self.resume()
         self.stream = batches.stream(self.steps_done(), self.steps_in_run)
 
     def resume(self):
@@ -1444,14 +1448,12 @@ class State:
                                 "another --out")
         self.epoch = saved["epoch"]
         self.step = saved["step"]
-        least = self.epoch + bool(self.step)
-        if not saved["finished"]:  # the steps with frozen weights are still to come
-            least += math.ceil(RECALIBRATION / self.batches.steps)
-            least = min(least, saved["args"]["epochs"])
-        if self.args.epochs < least:
+        planned = saved["args"]["epochs"]
+        if self.args.epochs < planned and self.steps_left() < self.recalibration:
+            least = self.epoch + math.ceil((self.step + RECALIBRATION) / self.batches.steps)
             raise UserError(f"--epochs {self.args.epochs}: {self.path} has {self.epoch} epochs, "
-                            f"and in the last {RECALIBRATION} steps weights are frozen: give "
-                            f"{least} or more")
+                            f"and the last {RECALIBRATION} steps of a run freeze the weights: give "
+                            f"{min(least, planned)} or more")
         for name, module in self.modules.items():
             module.load_state_dict(saved[name])
         self.sums = Counter(saved["sums"])
@@ -1469,6 +1471,8 @@ class State:
     def steps(self):
         """The batches that are left of the current epoch. A bar shows the time left of the run."""
         self.write_log()  # so that a folder that cannot be written is found before training
+        if self.args.restart and not self.steps_done():
+            self.save()  # so that the same command without --restart does not resume the old run
         self.since = time.perf_counter()
         with tqdm(total=self.steps_in_run, initial=self.steps_done(), leave=False,
                   desc=f"{self.args.name}: epoch {self.epoch + 1}/{self.args.epochs}",
@@ -1751,7 +1755,9 @@ def matrices_for_tstr(embedder, videos, args, device):
             dist.broadcast(buffer, 0)
     rows = compare_clips(embedder, videos, args, device)
     if len(rows) < len(videos):
-        print0(f"{len(videos) - len(rows)} videos cannot be decoded: they get s = 0.5")
+        name = next(name for i, name in enumerate(videos.names) if i not in rows)
+        print0(f"{len(videos) - len(rows)} videos cannot be decoded, such as {name}: they get "
+               "s = 0.5")
     return {
         "similarity_names": [videos.names[i] for i in rows],
         "similarity": torch.stack(list(rows.values())),

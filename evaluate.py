@@ -83,9 +83,10 @@ def main(argv=None):
         if args.output:  # two run folders may share it
             rows = [{**row, "folder": str(folder)} for row in rows]
         try:
+            require_writable((args.output or folder) / "predictions.csv")
             write_results(args.output or folder, rows)
         except UserError as error:
-            problems.append(f"{error}; --output DIR writes into another folder")
+            problems.append(f"{error} (--output DIR writes into another folder)")
     if len(found) > 1:
         print_means(results)
     if problems:
@@ -123,7 +124,7 @@ def evaluate_folder(folder, classifiers, args, device):
     begin = time.perf_counter()
     first = "student.pt" if "student.pt" in classifiers else next(iter(classifiers))
     trained = classifiers[first]["args"]
-    root = args.root or trained["root"]
+    root = os.path.normpath(args.root or trained["root"])
     videos = read_videos(trained["data"], root, False, trained["split"])
     for name, saved in list(classifiers.items()):
         if videos.classes != saved["classes"]:
@@ -131,6 +132,8 @@ def evaluate_folder(folder, classifiers, args, device):
             del classifiers[name]
     if not classifiers:
         raise UserError(f"{folder}: no classifier for the classes of {root}")
+    first = next(iter(classifiers))
+    trained = classifiers[first]["args"]
     for name, saved in classifiers.items():
         other = saved["args"]
         different = [key for key in ("data", "split", "frames", "stride", "size")
@@ -187,13 +190,21 @@ def write_results(folder, results):
 
     path = folder / "results.json"
     new = [key(row) for row in results]
+    new += [["teachers", *key(row)[1:]] for row in results if row["checkpoint"] in TEACHERS]
     try:
         kept = [row for row in json.loads(path.read_text()) if key(row) not in new]
-    except OSError:  # there is none
+    except FileNotFoundError:
         kept = []
-    except (ValueError, TypeError, LookupError):
+    except (OSError, ValueError, TypeError, LookupError):
         raise UserError(f"{path} is damaged, so nothing was added: remove it") from None
     write_text(path, json.dumps(kept + results, indent=1))
+
+
+def require_writable(path):
+    try:
+        open(path, "a").close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; see --output") from None
 
 
 def describe(name, saved, probabilities, videos, root, args):
@@ -205,7 +216,7 @@ def describe(name, saved, probabilities, videos, root, args):
         "init": trained["init"],
         "arch": saved["arch"],
         "data": trained["data"],
-        "root": str(root),
+        "root": root,
         "split": trained["split"],
         "percent": trained["percent"],
         "labeled_count": len(saved["labeled"]),
@@ -350,10 +361,11 @@ def class_probabilities(classifiers, videos, args, device, output, topk=1, show=
             Path(output).parent.mkdir(parents=True, exist_ok=True)
             Path(output).write_text("checkpoint,video,class,predicted class,probability\n")
     barrier()
+    how = {"newline": "", "errors": "surrogateescape", "buffering": 1}
     try:
-        file = open(output, "a", newline="", errors="surrogateescape", buffering=1)
+        file = open(output, "a", **how)
     except OSError:
-        file = open(os.devnull, "w")  # what is printed comes first, then the error
+        file = open(os.devnull, "a", **how)  # what is printed comes first, then the error
     with file:
         lines = csv.writer(file, lineterminator="\n")
         return map_videos(probabilities, videos, spaced, 1 if show else 4, trained.size,
@@ -390,11 +402,7 @@ def predict(args, device):
     if not rows:
         print0("none of these videos can be decoded")
         raise SystemExit(1)
-    try:
-        open(output, "a").close()
-    except OSError as error:
-        raise UserError(f"{output} cannot be written: {error.strerror}; --output DIR writes into "
-                        "another folder") from None
+    require_writable(output)
 
 
 # ---- Tables --------------------------------------------------------------------------------------

@@ -9,13 +9,13 @@ Writes: OUT/dist.pt and OUT/dist.log, with the same content as those of stage 1a
         stage 3 starts from dist.pt.
 
     python pretrain_dist.py
-        On toy videos, in a minute on a CPU. l_d1 ends near 1.2, l_d2 near 0.9. Their values at
+        On toy videos, in two minutes on a CPU. l_d1 ends near 1.2, l_d2 near 0.9. Their values at
         chance are 1.95 and 1.39.
     python pretrain_dist.py --invariant-weight 1 --epochs 14
         Adds L_I, which takes more epochs on toy videos, and writes both.pt. The paper's student
         starts from a similar pre-training (TCLR).
     torchrun --nproc-per-node 4 pretrain_dist.py --data ucf101
-        The paper's recipe on four GPUs. On one GPU of 80 GB: --batch 32 --checkpointing.
+        The paper's recipe on four GPUs. On one GPU of 80 GB: --batch 16 --checkpointing.
 """
 
 import math

@@ -9,7 +9,7 @@ Reads:  all training videos, OUT/inv_ft.pt, OUT/dist_ft.pt and OUT/dist.pt, the 
 Writes: OUT/student.pt and OUT/student.log.
 
     python train_student.py
-        After stages 1 and 2 on toy videos, in a minute on a CPU. It first prints the mean of s,
+        After stages 1 and 2 on toy videos, in two minutes on a CPU. It first prints the mean of s,
         near 0.8. `agreement` is near 0.8: the share of videos for which both teachers predict the
         same class.
     python train_student.py --teachers none --init dist.pt --name student_alone_dist

@@ -2,8 +2,8 @@
 # Expected: a reader that takes a frame by its index gives the frame that a full decode has there.
 # Guess before the first run: exact in MP4 and AVI, some frames off in MPEG-TS, which has no index.
 # What happens: with B-frames in AVI, in MPEG-TS, and in MP4 with an open GOP or intra refresh,
-#   decord and imageio's pyav plugin give other frames for many indices, without an error. OpenCV is
-#   right but in MPEG-TS. AVI without B-frames and MP4 with closed GOPs are right in all three.
+#   decord and imageio's pyav plugin give other frames for many indices, seldom an error or none.
+#   OpenCV is right but in MPEG-TS. AVI without B-frames and MP4 with closed GOPs are right in all.
 # Versions: decord 0.6.0, imageio 2.38.1 (PyAV 18.1.0), OpenCV 5.0.0.93. 2026-11-30.
 # Who is hit: action recognition. HMDB51 and much of UCF101 are AVI files with B-frames, in parts
 #   packed (a B-frame shares its packet with another frame); who samples clips by index trains on

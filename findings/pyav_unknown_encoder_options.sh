@@ -1,9 +1,10 @@
 #!/bin/sh
 # Expected: add_stream(codec, options=...) raises an error for an option that the encoder lacks.
 # Guess before the first run: an error, and smaller files for a larger "qscale".
-# What happens: unknown options are dropped without a word. "qscale" and "q:v", which set the quality
-#   in the ffmpeg program, are among them: 3, 31 and none give equal bytes, at the default 200 kb/s
-#   of MPEG-4. What works is qmin with qmax, or flags=+qscale with global_quality (118 x the quality).
+# What happens: unknown options are dropped without a word. "qscale" and "q:v", which set the
+#   quality in the ffmpeg program, are among them: 3, 31 and none give equal bytes, at the default
+#   200 kb/s of MPEG-4. What works is qmin with qmax, or flags=+qscale with global_quality (118 x
+#   the quality).
 # Versions: PyAV 18.1.0. 2026-11-30.
 # Who is hit: who writes data sets with PyAV and believes in the quality that was asked for.
 set -eu

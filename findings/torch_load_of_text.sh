@@ -1,9 +1,9 @@
 #!/bin/sh
 # Expected: torch.load(file, weights_only=True) raises one kind of error for a file of text, such as
 #   the page that a server sends in place of the weights.
-# Guess before the first run: pickle.UnpicklingError, as its documentation says.
-# What happens: the kind depends on the first letter, which is taken for a pickle instruction. Of the
-#   100 printable ones 82 give UnpicklingError, 13 IndexError, 3 KeyError, 2 EOFError.
+# Guess before the first run: pickle.UnpicklingError for all.
+# What happens: the kind depends on the first letter, which is taken for a pickle instruction. Of
+#   the 100 printable ones 82 give UnpicklingError, 13 IndexError, 3 KeyError, 2 EOFError.
 # Versions: torch 2.14.1. 2026-11-30.
 # Who is hit: programs that catch UnpicklingError or RuntimeError to tell a broken download: an
 #   "error: ..." or "Moved ..." ends them with a bare "pop from empty list".
@@ -32,7 +32,8 @@ for letter in string.printable:
 for kind, count in kinds.most_common():
     print(count, kind, *([examples[kind]] if kind != "UnpicklingError" else []))
 EOF
-"$work/venv/bin/python" "$work/try.py" "$work/a.pt" > "$work/seen" 2> "$work/errors" || cat "$work/errors"
+"$work/venv/bin/python" "$work/try.py" "$work/a.pt" > "$work/seen" 2> "$work/errors" \
+    || cat "$work/errors"
 cat "$work/seen"
 diff - "$work/seen" <<'EOF'
 82 UnpicklingError

@@ -19,7 +19,7 @@ import torch
 import common as tb
 import evaluate
 from docs.study import draw, intervals, unlabeled
-from test_common import EVALUATE, HERE, load, read_results, run_stage, same
+from test_common import EVALUATE, EVALUATED, HERE, load, read_results, run_stage, same
 from train_student import find_moved, weigh_videos
 
 CPU = torch.device("cpu")
@@ -196,20 +196,20 @@ def test_other_files_of_a_run_folder_are_passed_over(classifier, toy, tmp_path, 
     assert [r["checkpoint"] for r in read_results(tmp_path)] == ["student.pt"]
 
 
-@pytest.mark.parametrize("videos", [[], ["data/test"]])
-def test_a_folder_that_cannot_be_written_costs_no_result(videos, classifier, tmp_path, capsys,
-                                                         monkeypatch):
+@pytest.mark.parametrize("videos, blocked", [
+    ([], "predictions.csv"), ([], "results.json"), (["data/test"], "predictions.csv")])
+def test_a_folder_that_cannot_be_written_costs_no_result(videos, blocked, classifier, tmp_path,
+                                                         capsys, monkeypatch):
     """Neither the table nor the printed classes; --output takes the files elsewhere."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run/predictions.csv").mkdir(parents=True)  # in the files' places
-    (tmp_path / "run/results.json").mkdir()
+    (tmp_path / "run" / blocked).mkdir(parents=True)  # in the file's place
     classifier.rename("run/student.pt")
     flags = ["--videos", *videos, "--checkpoint", "run"] if videos else ["run"]
     with pytest.raises(SystemExit) as end:
         evaluate.main([*flags, *EVALUATE])
     printed = capsys.readouterr()
     assert end.value.code == 2 and "student.pt" in printed.out or ": a 66.5 %" in printed.out
-    assert "cannot be written" in printed.err and "--output DIR" in printed.err
+    assert blocked in printed.err and "--output" in printed.err
     evaluate.main([*flags, "--output", "elsewhere", *EVALUATE])
     assert len(read_predictions("elsewhere/predictions.csv")) > 2
     assert videos or read_results("elsewhere")
@@ -315,6 +315,16 @@ def test_evaluation_knows_teachers_by_their_stage_1_too(chain, tmp_path, capsys)
                      if r["checkpoint"] == "teachers, TSTR"])
     assert rows[0] == rows[1] != [] and not rows[2]
     assert "note: dist_ft.pt has changed since student.pt was made" in capsys.readouterr().out
+
+
+def test_teachers_rows_go_with_the_teachers(chain, tmp_path):
+    shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
+    saved = load(chain, "dist_ft")
+    torch.save({**saved, "labeled": saved["labeled"][1:]}, tmp_path / "dist_ft.pt")
+    assert [r["checkpoint"] for r in read_results(tmp_path)] == EVALUATED
+    evaluate.main([str(tmp_path), *EVALUATE])
+    assert [r["checkpoint"] for r in read_results(tmp_path)] == [
+        name for name in EVALUATED if "teachers" not in name]
 
 
 @pytest.mark.parametrize("content", ["null", "[1]", '{"a": 1}', "[{"])

@@ -115,6 +115,14 @@ def test_a_refused_command_changes_no_file(chain, toy, tmp_path, complaint):
     assert "dist_ft.pt was made with percent" in complaint(
         run_stage, "ft", toy, tmp_path, "--percent", 40)
     assert contents(tmp_path) == before
+    saved = load(chain, "dist")
+    saved["model"]["stem.0.weight"] = torch.zeros(1)
+    torch.save(saved, tmp_path / "dist.pt")
+    before = contents(tmp_path)
+    assert "dist.pt: 1 of" in complaint(run_stage, "ft", toy, tmp_path, "--restart")
+    two = ["--init", f"{tmp_path}/inv.pt", f"{chain}/inv.pt"]
+    assert "two of these would write" in complaint(run_stage, "ft", toy, tmp_path, *two)
+    assert contents(tmp_path) == before
 
 
 def test_other_videos_under_the_same_names_are_noticed_and_a_moved_set_is_not(
@@ -134,9 +142,9 @@ def test_fewer_epochs_leave_room_for_the_steps_in_which_batch_norm_settles(
     saved = load(chain, "inv")  # two epochs of six steps, as if they were the first of 100
     torch.save({**saved, "finished": False, "args": {**saved["args"], "epochs": 100}},
                tmp_path / "inv.pt")
-    error = complaint(run_stage, "inv", toy, tmp_path, "--epochs", 6)
-    assert f"--epochs 6: {tmp_path}/inv.pt has 2 epochs" in error and "give 7 or more" in error
-    run_stage("inv", toy, tmp_path, "--epochs", 7)
+    error = complaint(run_stage, "inv", toy, tmp_path, "--epochs", 2)  # 12 steps, one is frozen
+    assert f"--epochs 2: {tmp_path}/inv.pt has 2 epochs" in error and "give 7 or more" in error
+    run_stage("inv", toy, tmp_path, "--epochs", 3)
     assert load(tmp_path, "inv")["finished"]
 
 
@@ -170,6 +178,16 @@ def test_a_restarted_run_is_the_one_that_goes_on(chain, toy, tmp_path, complaint
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     run_stage("inv", toy, tmp_path, "--restart", "--lr", 0.01)
     assert (tmp_path / "inv.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags", [["--restart"], []])
+def test_a_run_does_not_start_from_its_own_file(flags, chain, toy, tmp_path, monkeypatch,
+                                                complaint):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(chain / "inv.pt", tmp_path)
+    assert "is the file that this run writes" in complaint(
+        run_stage, "inv", toy, tmp_path, "--init", "inv.pt", *flags)
+    assert (tmp_path / "inv.pt").read_bytes() == (chain / "inv.pt").read_bytes()
 
 
 def test_a_checkpoint_of_older_code_is_one_line(chain, toy, tmp_path, complaint):

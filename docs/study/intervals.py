@@ -36,7 +36,10 @@ def main(argv=None):
         file = path / "results.json" if path.is_dir() else path
         if not file.exists():
             raise UserError(f"{file}: not there, evaluate.py writes it")
-        runs.append({r["checkpoint"]: r["top1"] for r in json.loads(file.read_text())})
+        rows = json.loads(file.read_text())
+        runs.append({r["checkpoint"]: r["top1"] for r in rows})
+        if len(runs[-1]) < len(rows):
+            raise UserError(f"{file}: a checkpoint was evaluated in several ways: keep one row")
     names = list(dict.fromkeys(name for run in runs for name in run))
     if absent := [name for name in args.against if name not in names]:
         raise UserError(f"--against {absent[0]}: no such row; there are {'; '.join(names)}")
