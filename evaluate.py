@@ -274,25 +274,32 @@ def combine_on_test_videos(p_inv, p_dist, teachers, folder, videos, args, device
         return {}
     scores = {"teachers, mean": torch.full((len(ids),), 0.5)}
     try:
-        if (inv.get("pretrained_by"), dist.get("pretrained_by")) != (
-                "pretrain_inv", "pretrain_dist"):
-            raise UserError("it needs a teacher of pretrain_inv.py and one of pretrain_dist.py")
-        matrices = []
-        for saved in teachers.values():
-            stage_1 = read_stage_1(saved, folder)
-            settings = argparse.Namespace(**{**stage_1["args"], "workers": args.workers,
-                                             "precision": args.precision})
-            embedder = load_embedder(stage_1, device)
-            matrices.append(compare_clips(embedder, videos, settings, device))
-        scores["teachers, TSTR"] = score_videos(ids, *matrices)
+        scores["teachers, TSTR"] = score_test_videos(ids, teachers, folder, videos, args, device)
     except UserError as error:
         print0(f"no row for TSTR: {error}")
-    except ValueError:
-        print0("no row for TSTR: the teachers come from stage 1 with other --clips")
     p_inv = torch.stack([p_inv[i] for i in ids])
     p_dist = torch.stack([p_dist[i] for i in ids])
     return {title: dict(zip(ids, combine_teachers(p_inv, p_dist, score)))
             for title, score in scores.items()}
+
+
+def score_test_videos(ids, teachers, folder, videos, args, device):
+    """s of Eq. 6 of the test videos with these ids: (N,). UserError without the networks of stage 1
+    from which the teachers were made."""
+    if [saved.get("pretrained_by") for saved in teachers.values()] != [
+            "pretrain_inv", "pretrain_dist"]:
+        raise UserError("it needs a teacher of pretrain_inv.py and one of pretrain_dist.py")
+    matrices = []
+    for saved in teachers.values():
+        stage_1 = read_stage_1(saved, folder)
+        settings = argparse.Namespace(**{**stage_1["args"], "workers": args.workers,
+                                         "precision": args.precision})
+        embedder = load_embedder(stage_1, device)
+        matrices.append(compare_clips(embedder, videos, settings, device))
+    try:
+        return score_videos(ids, *matrices)
+    except ValueError:
+        raise UserError("the teachers come from stage 1 with other --clips") from None
 
 
 def read_stage_1(saved, folder):

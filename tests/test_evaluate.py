@@ -18,7 +18,7 @@ import torch
 
 import common as tb
 import evaluate
-from docs.study import draw, intervals, unlabeled
+from docs.study import draw, intervals, unlabeled, weight
 from test_common import EVALUATE, EVALUATED, HERE, load, read_results, run_stage, same
 from train_student import find_moved, weigh_videos
 
@@ -447,6 +447,16 @@ def test_what_is_known_of_the_unlabelled_videos(chain, toy, monkeypatch, capsys)
     apart = right[0].mean() - right[1].mean()
     assert cells(printed, "student.pt")[5].startswith(f"{apart:+.1f} ")
     assert printed.splitlines()[-7].startswith(f"{100 * easy.mean():.1f} ")
+
+
+def test_the_weight_is_compared_with_a_fixed_one(chain, capsys):
+    """Of four videos, two classes. s knows for the first two which teacher is right. Then a run."""
+    p_inv = torch.tensor([[0.8, 0.2], [0.2, 0.8], [0.6, 0.4], [0.6, 0.4]])
+    p_dist = torch.tensor([[0.1, 0.9], [0.9, 0.1], [0.7, 0.3], [0.3, 0.7]])
+    row = weight.weigh((p_inv, p_dist), torch.tensor([0.9, 0.1, 0.5, 0.5]), np.zeros(4, int))
+    assert row == pytest.approx([0.5, 0.3266, 3, 0.8660, 75, 50, 50], abs=1e-3)
+    weight.main([str(chain), *EVALUATE[2:]])
+    assert len(cells(capsys.readouterr().out, str(chain))) == 8
 
 
 def test_figures_are_drawn(chain, tmp_path, capsys):

@@ -15,7 +15,8 @@ import common as tb
 HERE = Path(__file__).resolve().parents[1]
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").rglob("*.md"))]
 STAGES = ["pretrain_inv.py", "pretrain_dist.py", "finetune.py", "train_student.py", "evaluate.py"]
-SCRIPTS = [*STAGES, *(f"docs/study/{name}.py" for name in ("draw", "intervals", "unlabeled"))]
+STUDY = ["draw", "intervals", "unlabeled", "weight"]
+SCRIPTS = [*STAGES, *(f"docs/study/{name}.py" for name in STUDY)]
 MODULES = {name: importlib.import_module(name[:-3].replace("/", ".")) for name in SCRIPTS}
 OTHERS = {  # flags of torchrun, docker and argparse
     "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts",
