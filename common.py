@@ -1470,9 +1470,10 @@ class State:
 
     def steps(self):
         """The batches that are left of the current epoch. A bar shows the time left of the run."""
-        self.write_log()  # so that a folder that cannot be written is found before training
-        if self.args.restart and not self.steps_done():
-            self.save()  # so that the same command without --restart does not resume the old run
+        if not self.steps_done():
+            self.write_log()  # so that a folder that cannot be written is found before training
+            if self.args.restart:
+                self.save()  # so that the same command without --restart goes on from here
         self.since = time.perf_counter()
         with tqdm(total=self.steps_in_run, initial=self.steps_done(), leave=False,
                   desc=f"{self.args.name}: epoch {self.epoch + 1}/{self.args.epochs}",
