@@ -1411,7 +1411,11 @@ class State:
             "classes": batches.videos.classes,
             "labeled": [batches.videos.names[i] for i in labeled],
         }
-        self.made_from = {"the set of training videos": video_digest(batches.videos)}
+        self.made_from = {
+            "the set of classes": set_digest(self.metadata["classes"]),
+            "the set of labelled videos": set_digest(self.metadata["labeled"]),
+            "the set of training videos": video_digest(batches.videos),
+        }
         self.made_from |= {name: weight_digest(saved) for name, saved in made_from.items()}
         self.passed_on = dict(passed_on)
         self.epoch = 0  # finished epochs
@@ -1438,7 +1442,7 @@ class State:
         made_with = {**saved.get("args", {}), **saved}
         for key, value in {**vars(self.args), **self.metadata}.items():
             before = made_with.get(key)
-            if key not in FREE_ARGUMENTS and before != value:
+            if key not in (*FREE_ARGUMENTS, "classes", "labeled") and before != value:
                 raise UserError(f"{self.path} was made with {key} {str(before)[:60]}, not "
                                 f"{str(value)[:60]}: give the first value to resume, --restart "
                                 "to start from scratch, or another --out")

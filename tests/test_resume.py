@@ -131,6 +131,11 @@ def test_other_videos_under_the_same_names_are_noticed_and_a_moved_set_is_not(
     shutil.copytree(toy, tmp_path / "toy")
     run_stage("inv", tmp_path / "toy", tmp_path)
     assert "finished at epoch 2" in capsys.readouterr().out
+    saved = load(chain, "inv_ft")
+    torch.save({**saved, "made_from": {**saved["made_from"], "the set of labelled videos": "0"}},
+               tmp_path / "inv_ft.pt")
+    assert "the set of labelled videos has changed since" in complaint(
+        run_stage, "ft", toy, tmp_path, "--init", "inv.pt")
     with open(tb.read_videos("toy", tmp_path / "toy", True).path(7), "ab") as file:
         file.write(b"0")
     assert "the set of training videos has changed since" in complaint(
