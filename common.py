@@ -1440,9 +1440,9 @@ class State:
     def resume(self):
         saved = read_checkpoint(self.path, finished=False)
         made_with = {**saved.get("args", {}), **saved}
-        for key, value in {**vars(self.args), **self.metadata}.items():
+        for key, value in {**vars(self.args), "stage": self.metadata["stage"]}.items():
             before = made_with.get(key)
-            if key not in (*FREE_ARGUMENTS, "classes", "labeled") and before != value:
+            if key not in FREE_ARGUMENTS and before != value:
                 raise UserError(f"{self.path} was made with {key} {str(before)[:60]}, not "
                                 f"{str(value)[:60]}: give the first value to resume, --restart "
                                 "to start from scratch, or another --out")
@@ -1640,6 +1640,18 @@ def read_checkpoint(path, folder="", stages=(), finished=True):
         raise UserError(f"{path}: unfinished (epoch {saved['epoch']} of {saved['args']['epochs']}),"
                         " the command that began it goes on")
     return saved
+
+
+def order_teachers(teachers):
+    """Teachers' checkpoints, {name: content}, the invariant one first, whatever their names."""
+    names = sorted(teachers, key=lambda name: teachers[name].get("pretrained_by") != "pretrain_inv")
+    return {name: teachers[name] for name in names}
+
+
+def fit_tstr(teachers):
+    """Whether the checkpoints are an invariant and a distinctive teacher's, in this order."""
+    kinds = [saved.get("pretrained_by") for saved in teachers.values()]
+    return kinds == ["pretrain_inv", "pretrain_dist"]
 
 
 def start_from(model, path, saved):

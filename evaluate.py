@@ -30,9 +30,9 @@ import numpy as np
 
 from common import (
     Embedder, UserError, Videos, autocast, barrier, build_model, centre_crop, combine_teachers,
-    command, compare_clips, default_precision, list_videos, load_classifier, map_videos, new_parser,
-    prepare, print0, ranged, rank, read_checkpoint, read_videos, score_videos, spaced_clips,
-    to_input, weight_digest, write_text)  # before torch
+    command, compare_clips, default_precision, fit_tstr, list_videos, load_classifier, map_videos,
+    new_parser, order_teachers, prepare, print0, ranged, rank, read_checkpoint, read_videos,
+    score_videos, spaced_clips, to_input, weight_digest, write_text)  # before torch
 
 import torch
 
@@ -134,6 +134,7 @@ def evaluate_folder(folder, classifiers, args, device):
         raise UserError(f"{folder}: no classifier for the classes of {root}")
     first = next(iter(classifiers))
     trained = classifiers[first]["args"]
+    digests = {name: weight_digest(saved) for name, saved in classifiers.items()}
     for name, saved in classifiers.items():
         other = saved["args"]
         different = [key for key in ("data", "split", "frames", "stride", "size")
@@ -142,7 +143,7 @@ def evaluate_folder(folder, classifiers, args, device):
             raise UserError(f"{folder}: {first} and {name} differ in {', '.join(different)}: "
                             "evaluate them one by one")
         for source, digest in saved["made_from"].items():
-            if source in classifiers and weight_digest(classifiers[source]) != digest:
+            if digests.get(source, digest) != digest:
                 print0(f"note: {source} has changed since {name} was made from it")
     share = 100 * np.bincount(videos.labels).max() / len(videos)
     print0(f"{len(videos)} test videos of {len(videos.classes)} classes: chance is "
@@ -158,10 +159,8 @@ def evaluate_folder(folder, classifiers, args, device):
     described = {name: describe(name, saved, p[name], videos, root, args)
                  for name, saved in classifiers.items()}
     if all(name in classifiers for name in TEACHERS):
-        pair = sorted(TEACHERS, key=lambda name: (
-            classifiers[name].get("pretrained_by") != "pretrain_inv"))  # whatever the files' names
-        teachers = {name: classifiers[name] for name in pair}
-        p_inv, p_dist = (p[name] for name in pair)
+        teachers = order_teachers({name: classifiers[name] for name in TEACHERS})
+        p_inv, p_dist = (p[name] for name in teachers)
         together = combine_on_test_videos(p_inv, p_dist, teachers, folder, videos, args, device)
         for title, probabilities in together.items():
             p[title] = probabilities
@@ -286,8 +285,7 @@ def combine_on_test_videos(p_inv, p_dist, teachers, folder, videos, args, device
 def score_test_videos(ids, teachers, folder, videos, args, device):
     """s of Eq. 6 of the test videos with these ids: (N,). UserError without the networks of stage 1
     from which the teachers were made."""
-    if [saved.get("pretrained_by") for saved in teachers.values()] != [
-            "pretrain_inv", "pretrain_dist"]:
+    if not fit_tstr(teachers):
         raise UserError("it needs a teacher of pretrain_inv.py and one of pretrain_dist.py")
     matrices = []
     for saved in teachers.values():

@@ -23,9 +23,9 @@ from collections import Counter
 
 from common import (
     WEAK, Batches, Pool, State, UserError, augment_clips, autocast, build_model, combine_teachers,
-    command, distillation_loss, distribute, labeled_and_all_videos, load_classifier, print0,
-    ranged, read_checkpoint, rng, score_videos, seed_of, stage_parser, start, start_from, to_input,
-    warm_up)  # before torch
+    command, distillation_loss, distribute, fit_tstr, labeled_and_all_videos, load_classifier,
+    order_teachers, print0, ranged, read_checkpoint, rng, score_videos, seed_of, stage_parser,
+    start, start_from, to_input, warm_up)  # before torch
 
 import numpy as np
 import torch
@@ -56,8 +56,7 @@ def main(argv=None):
         args.teachers, out, ["finetune"]))
     if len(set(args.teachers)) != len(args.teachers) or len(args.teachers) > 2:
         raise UserError("--teachers takes one or two different checkpoints, or none")
-    saved_teachers = dict(sorted(saved_teachers.items(), key=lambda item: (
-        item[1].get("pretrained_by") != "pretrain_inv")))  # the invariant one first
+    saved_teachers = order_teachers(saved_teachers)
 
     labeled, videos = labeled_and_all_videos(args, saved_teachers)
     unlabeled = np.setdiff1d(np.arange(len(videos)), labeled)
@@ -153,8 +152,7 @@ def weigh_videos(reweight, saved_teachers, names):
     if reweight != "tstr" or len(saved_teachers) < 2:
         same = {"mean": 0.5, "tstr": 1.0}.get(reweight, reweight)
         return torch.full((len(names),), same)
-    if [saved.get("pretrained_by") for saved in saved_teachers.values()] != [
-            "pretrain_inv", "pretrain_dist"]:
+    if not fit_tstr(saved_teachers):
         raise UserError("TSTR needs a teacher of pretrain_inv.py and one of pretrain_dist.py; "
                         f"{' and '.join(saved_teachers)} are others: --reweight mean or a number")
     c_inv, c_dist = (find_moved(dict(zip(saved["similarity_names"], saved["similarity"])), names)

@@ -8,7 +8,6 @@ clips and similarity matrices of three videos of the first folder.
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps  # Pillow comes with torchvision
 
+from docs.study.intervals import read_rows
 from evaluate import TEACHERS, print_table
 
 
@@ -36,10 +36,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     values = []  # of each folder and class: mean s, both accuracies
     for folder in args.folders:
-        if not (folder / "results.json").exists():
-            raise UserError(f"{folder}/results.json: not there, evaluate.py {folder} writes it")
-        results = json.loads((folder / "results.json").read_text())
-        per_class = {r["checkpoint"]: r["per_class"] for r in results}
+        per_class = {name: row["per_class"] for name, row in read_rows(folder).items()}
         if missing := [name for name in TEACHERS if name not in per_class]:
             raise UserError(f"{folder}: the figures compare both teachers, {missing[0]} is not "
                             "among its results")

@@ -33,13 +33,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     runs = []  # of each folder {row's name: top-1}
     for path in args.paths:
-        file = path / "results.json" if path.is_dir() else path
-        if not file.exists():
-            raise UserError(f"{file}: not there, evaluate.py writes it")
-        rows = json.loads(file.read_text())
-        runs.append({r["checkpoint"]: r["top1"] for r in rows})
-        if len(runs[-1]) < len(rows):
-            raise UserError(f"{file}: a checkpoint was evaluated in several ways: keep one row")
+        runs.append({name: row["top1"] for name, row in read_rows(path).items()})
     names = list(dict.fromkeys(name for run in runs for name in run))
     if absent := [name for name in args.against if name not in names]:
         raise UserError(f"--against {absent[0]}: no such row; there are {'; '.join(names)}")
@@ -55,6 +49,19 @@ def main(argv=None):
     for other in args.against:
         header += [f"top-1 - {other}", "95 % interval", "above 0"]
     print_table(header, rows)
+
+
+def read_rows(path):
+    """{checkpoint: row} of results.json, or of that in a folder. UserError if it is not there, or
+    has several rows of a checkpoint."""
+    file = path / "results.json" if path.is_dir() else path
+    if not file.exists():
+        raise UserError(f"{file}: not there, evaluate.py writes it")
+    results = json.loads(file.read_text())
+    rows = {row["checkpoint"]: row for row in results}
+    if len(rows) < len(results):
+        raise UserError(f"{file}: a checkpoint was evaluated in several ways: keep one row")
+    return rows
 
 
 def compare(apart):
