@@ -1,11 +1,9 @@
 """TimeBalance (Dave et al., CVPR 2023, arXiv 2303.16268): what the five scripts share.
 
 Six sections: losses and TSTR - models and public weights - video: decoding, clips, augmentation -
-data sets, labelled subset, toy videos - training - passes over videos, and arguments.
-
-The first four take only tensors, paths and plain numbers: you can copy any function or class of
-them into other code, with the few names that it calls. The last two use processes, arguments and
-checkpoints."""
+data sets, labelled subset, toy videos - training - passes over videos, and arguments. The first
+four take only tensors, paths and plain numbers: you can copy any function or class of them into
+other code, with the few names that it calls."""
 
 import argparse
 import contextlib
@@ -16,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -40,7 +39,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.video.resnet import BasicBlock, Conv3DSimple
@@ -134,12 +133,11 @@ def unpooled_distinctive_loss(z_local, z_global, temperature=0.1):
     (B, n, d), the n temporal slices of the long clip that spans them. They need not be normalised.
     Returns a scalar: InfoNCE of each clip over the n slices of its video and of each slice over the
     n clips, mean over both directions and over videos. ValueError for other shapes or types."""
-    if z_local.ndim != 3 or z_local.shape != z_global.shape or len(z_local) < 1:
-        raise ValueError(f"expected two (B, n, d); found {tuple(z_local.shape)} and "
+    shape = z_local.shape
+    if len(shape) != 3 or shape != z_global.shape or shape[0] < 1 or shape[1] < 2:
+        raise ValueError(f"expected two (B, n, d), n 2 or more; found {tuple(shape)} and "
                          f"{tuple(z_global.shape)}")
-    if z_local.shape[1] < 2:
-        raise ValueError(f"expected 2 or more clips of a video; found {z_local.shape[1]}")
-    B, n, _ = z_local.shape
+    B, n, _ = shape
     logits = log_h(z_local, z_global, temperature)  # B, clip, slice
     aligned = torch.arange(n, device=logits.device).expand(B, n)
     to_slices = F.cross_entropy(logits.transpose(1, 2), aligned)
@@ -191,9 +189,8 @@ def similarity_score(c_inv, c_dist):
         raise ValueError(f"expected two (B, n, n), n 2 or more; found {tuple(c_inv.shape)} and "
                          f"{tuple(c_dist.shape)}")
     diagonal = torch.eye(n, dtype=torch.bool, device=c_inv.device)
-    total = at_least_float32(c_inv) + at_least_float32(c_dist)
-    total = total.masked_fill(diagonal, 0).sum((1, 2))
-    return (total / (2 * n * (n - 1))).clamp(0, 1)
+    total = (at_least_float32(c_inv) + at_least_float32(c_dist)).masked_fill(diagonal, 0)
+    return (total.sum((1, 2)) / (2 * n * (n - 1))).clamp(0, 1)
 
 
 def combine_teachers(p_inv, p_dist, score):
@@ -250,16 +247,15 @@ class Backbone(nn.Module):
 @contextlib.contextmanager
 def frozen_statistics(block):
     """The second pass of a checkpointed block: its BatchNorms have counted the batch already."""
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
-    momentum = [norm.momentum for norm in norms]
-    counted = [norm.num_batches_tracked.clone() for norm in norms]
-    for norm in norms:
+    before = [(norm, norm.momentum, norm.num_batches_tracked.clone())
+              for norm in block.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+    for norm, _, _ in before:
         norm.momentum = 0.0
     try:
         yield
     finally:  # torch leaves the second pass by an exception, as soon as it has what it needs
-        for norm, before, count in zip(norms, momentum, counted):
-            norm.momentum = before
+        for norm, momentum, count in before:
+            norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
 
 
@@ -310,9 +306,8 @@ class Bottleneck(nn.Module):
             self.branch1_conv = nn.Conv3d(dim_in, dim_out, 1, (1, stride, stride), bias=False)
             self.branch1_norm = nn.BatchNorm3d(dim_out)
         kernel = (temporal_kernel, 1, 1)
-        padding = (temporal_kernel // 2, 0, 0)
         self.branch2 = nn.Sequential(OrderedDict(
-            conv_a=nn.Conv3d(dim_in, dim_inner, kernel, padding=padding, bias=False),
+            conv_a=nn.Conv3d(dim_in, dim_inner, kernel, padding="same", bias=False),
             norm_a=nn.BatchNorm3d(dim_inner),
             act_a=nn.ReLU(inplace=True),
             conv_b=nn.Conv3d(dim_inner, dim_inner, (1, 3, 3), (1, stride, stride), (0, 1, 1),
@@ -425,9 +420,6 @@ class Embedder(nn.Module):
         return self.head(torch.cat([pooled.mean(2), unpooled]))
 
 
-# What wrappers put before the names of weights. "module.0." is TCLR's.
-PREFIXES = ("module.0.", "module.", "model.", "backbone.")
-
 
 def load_backbone(model, saved):
     """Load all weights except the classifier's from what torch.load returned, whichever program
@@ -436,14 +428,10 @@ def load_backbone(model, saved):
     Known public forms: torchvision's r3d_18 (a bare state dict), PyTorchVideo's slow_r50 (under
     "model_state"), TCLR's (under "state_dict", trained on BGR frames). ValueError if a weight is
     missing or does not fit."""
-    def plain(name):
-        name = name.replace("_orig_mod.", "")  # of torch.compile, of the whole or of a part
-        while prefix := next(filter(name.startswith, PREFIXES), None):
-            name = name.removeprefix(prefix)
-        return name
-
     saved = find_weights(saved)
-    weights = {plain(name): w for name, w in saved.items()}
+    # What wrappers add to the names: "module.0." is TCLR's, "_orig_mod." torch.compile's.
+    wrappers = re.compile(r"^(module\.0\.|module\.|model\.|backbone\.|_orig_mod\.)+|_orig_mod\.")
+    weights = {wrappers.sub("", name): w for name, w in saved.items()}
     own = {k: w for k, w in model.state_dict().items() if not k.startswith(CLASSIFIERS)}
     wrong = [k for k, w in own.items() if k not in weights or weights[k].shape != w.shape]
     if wrong:
@@ -457,11 +445,9 @@ def load_backbone(model, saved):
 
 def find_weights(saved):
     """{name: tensor} of what torch.load returned, wherever in it the state dict lies."""
-    for place in ("state_dict", "model_state", "model_state_dict", "model"):
-        if isinstance(saved.get(place), dict):
-            saved = saved[place]
-            break
-    return {name: w for name, w in saved.items() if torch.is_tensor(w)}
+    places = ("state_dict", "model_state", "model_state_dict", "model")
+    weights = next((saved[k] for k in places if isinstance(saved.get(k), dict)), saved)
+    return {name: w for name, w in weights.items() if torch.is_tensor(w)}
 
 
 # ==== Video: decoding, clips, augmentation ========================================================
@@ -499,40 +485,38 @@ def decode_frames(path, indices, short_side=None):
 
     path: a file of any format that FFmpeg reads.
     indices: from 0, in any order, repeated or not; or a function from the count of frames to them.
-        Files do not know their count of frames: the function is called with the count of packets,
-        and again with the true count where it asks for a frame that does not come
-        out (HMDB51's files hold a packet too many, truncated files more).
+        It is called with the count of packets, and again with the true count where a frame is
+        missing (HMDB51's files hold a packet too many, truncated files more).
     short_side: scale frames down, never up, to this many pixels on their shorter side.
 
     Returns torch.uint8 (len(indices), H, W, 3), RGB, upright: what a full decode gives there. An
-    orientation in EXIF and a clean aperture are not applied.
-    IndexError for a frame past the end; av.FFmpegError, OSError or ValueError for a file that
-    cannot be decoded. Memory: the frames returned, and a few hundred bytes a packet.
+    orientation in EXIF and a clean aperture are not applied. IndexError for a frame past the end;
+    av.FFmpegError, OSError or ValueError for a file that cannot be decoded. Memory: twice the
+    frames returned, and a few hundred bytes a packet.
 
-    In a damaged file, frames behind the damage and the next key frame may be those that the intact
-    file has at these indices. In a full decode the damage may last longer: if it costs a frame, all
-    later ones are counted one lower."""
+    In a damaged file a frame may be the one that the intact file has at this index, where a full
+    decode counts one lower, since the damage has cost a frame."""
     container, stream = open_video(path)
     with container:
         timestamps, keyframes = list_packets(container, stream)
         if not timestamps:
             raise ValueError("no frame can be decoded")
         wanted = indices(len(timestamps)) if callable(indices) else indices
-        wanted = np.array([int(i) for i in wanted], int)
+        wanted = list(map(int, wanted))
         first, last = min(wanted, default=-1), max(wanted, default=-1)
         if first < 0:
             raise IndexError(f"frames {wanted} asked for")
-        frames = None
         if keyframes:
             start = max(i for i in keyframes if i <= first)
             found = seek(container, stream, keyframes[start], timestamps[start:last + 1])
             with contextlib.suppress(ValueError):
                 frames, _ = pick_frames(found, start, wanted, short_side)
-    if frames is None:  # count from the start
-        container, stream = open_video(path)
-        with container:
-            found = itertools.islice(decode(container.demux(stream), stream), last + 1)
-            frames, count = pick_frames(found, 0, wanted, short_side)
+                if frames is not None:
+                    return frames
+    container, stream = open_video(path)
+    with container:  # count from the start
+        found = itertools.islice(decode(container.demux(stream), stream), last + 1)
+        frames, count = pick_frames(found, 0, wanted, short_side)
     if frames is not None:
         return frames
     if not count:
@@ -604,30 +588,24 @@ def decode(packets, stream):
 def pick_frames(frames, start, wanted, short_side):
     """(uint8 (T, H, W, 3) of the wanted frames, None if one is missing; count of frames so far).
     start: index of the first frame."""
-    places = {}  # of each wanted frame in the result
-    for place, index in enumerate(wanted.tolist()):
-        places.setdefault(index, []).append(place)
-    out = None
+    pictures = {}  # by index
     count = start
     # One for all frames: PyAV's default is one for each, 4 times slower.
     scaler = av.video.reformatter.VideoReformatter()
     for index, frame in enumerate(frames, start):
         count = index + 1
-        if index in places:
-            if out is None:  # the first frame settles size and orientation
+        if index in wanted:
+            if not pictures:  # the first frame settles size and orientation
                 scale = min(1, (short_side or math.inf) / min(frame.height, frame.width))
                 size = round(frame.width * scale), round(frame.height * scale)
                 matrix = None
                 with contextlib.suppress(ValueError):  # PyAV has no name for another kind: EXIF
                     matrix = frame.side_data.get("DISPLAYMATRIX")
-            rgb = scaler.reformat(frame, *size, "rgb24", threads=1).to_ndarray()
-            if matrix:
-                rgb = turn_upright(rgb, matrix)
-            if out is None:
-                out = np.empty((len(wanted), *rgb.shape), np.uint8)
-            for place in places.pop(index):
-                out[place] = rgb
-    return None if places else torch.from_numpy(out), count
+            picture = scaler.reformat(frame, *size, "rgb24", threads=1).to_ndarray()
+            pictures[index] = turn_upright(picture, matrix) if matrix else picture
+    if not pictures.keys() >= set(wanted):
+        return None, count
+    return torch.from_numpy(np.stack([pictures[index] for index in wanted])), count
 
 
 def turn_upright(picture, matrix):
@@ -645,9 +623,8 @@ def clip_indices(count, frames, stride=1, position=0.5):
     and L_D could not tell them apart.
 
     position: from 0 (the clip begins with the video) to 1 (it ends with it). ValueError for a
-    position beyond these, or if a number of frames is not whole or below 1."""
-    whole = all(isinstance(n, (int, np.integer)) and n > 0 for n in (count, frames, stride))
-    if not whole or not 0 <= position <= 1:
+    position beyond these, or a number of frames below 1."""
+    if min(count, frames, stride) < 1 or not 0 <= position <= 1:
         raise ValueError(f"no clip of {frames} frames, {stride} apart, lies at {position} of a "
                          f"video of {count} frames")
     slack = count - (frames - 1) * stride - 1
@@ -660,9 +637,7 @@ def clip_indices(count, frames, stride=1, position=0.5):
 def spaced_clips(count, clips, frames, stride):
     """Indices of uniformly spaced clips, concatenated. A single clip lies in the middle.
     ValueError for less than one clip, and as clip_indices raises it."""
-    if clips < 1:
-        raise ValueError(f"{clips} clips: expected 1 or more")
-    positions = np.linspace(0, 1, clips) if clips > 1 else [0.5]
+    positions = [0.5] if clips == 1 else np.linspace(0, 1, clips)
     return np.concatenate([clip_indices(count, frames, stride, p) for p in positions])
 
 
@@ -680,15 +655,10 @@ def augment_clips(clips, size, rngs, flip=True, area=0.3, jitter=0.4, hue=0.1, j
     one for each clip. flip: mirror half of the clips. area: the crop keeps at least this share of
     the frame. jitter: largest change of brightness, contrast and saturation, as a share. hue:
     largest hue shift, as a share of the colour circle. jitter_prob, grey_prob: probabilities.
-    Returns uint8 (N, T, 3, size, size). ValueError for another number, shape or type."""
-    if len({len(clip) for clip in clips}) != 1 or len(clips) != len(rngs):
-        raise ValueError(f"{len(clips)} clips, {len(rngs)} generators: expected clips of one "
-                         "length, and a generator for each")
-    if any(clip.shape[3:] != (3,) or clip.dtype != torch.uint8 for clip in clips):
-        raise ValueError("expected clips of uint8 (T, H, W, 3)")
+    Returns uint8 (N, T, 3, size, size). ValueError for another number or shape."""
     crops = []
     changes = np.tile([1.0, 1.0, 1.0, 0.0], (len(clips), 1))
-    for clip, rng, change in zip(clips, rngs, changes):
+    for clip, rng, change in zip(clips, rngs, changes, strict=True):
         height, width = clip.shape[1:3]
         pixels = rng.uniform(area, 1) * height * width
         ratio = math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
@@ -776,7 +746,7 @@ SUFFIXES = tuple("""
     .3g2 .3gp .asf .avi .dav .divx .dv .f4v .flv .gif .h264 .hevc .m2t .m2ts .m2v .m4v .mjpeg .mjpg
     .mkv .mod .mov .mp4 .mpe .mpeg .mpg .mts .mxf .ogm .ogv .qt .rm .rmvb .tod .ts .vob .webm .wmv
     """.split())  # what cameras and the web write, and FFmpeg reads
-HIDDEN = (".", "@", "#recycle", "$RECYCLE", "__MACOSX")  # how such names begin
+HIDDEN = (".", "@", "#recycle", "$RECYCLE", "lost+found", "__MACOSX")  # how such names begin
 TREES = {  # videos, and lists or test videos, under --root
     "ucf101": ("UCF-101/<Class>/*.avi", "ucfTrainTestlist/*.txt"),
     "hmdb51": ("hmdb51_org/<class>/*.avi", "testTrainMulti_7030_splits/*.txt"),
@@ -815,9 +785,10 @@ def read_videos(data, root, train, split=1, pool="train"):
     not a test video. Of `folder`, what lies under unlabeled/ is among the training videos, with
     label -1. UserError if the lists or over 5 % of the videos that they name are missing."""
     root = Path(root)
+    expected = f"expected {' and '.join(TREES[data])}"
     for part in TREES[data][:1 if train and data in ("kinetics400", "folder") else 2]:
         if not os.path.isdir(root / part.split("/")[0]):
-            raise wrong_tree(data, root, f"no {part.split('/')[0]}")
+            raise UserError(f"{root}: no {part.split('/')[0]}; {expected}")
     if data == "hmdb51":
         folder, classes, class_of = read_hmdb51(root, train, split, pool)
     elif data in ("ucf101", "toy"):
@@ -825,13 +796,13 @@ def read_videos(data, root, train, split=1, pool="train"):
     else:
         folder, classes, class_of = read_folders(data, root, train)
     if not class_of:
-        raise wrong_tree(data, root, f"no {'training' if train else 'test'} videos")
+        raise UserError(f"{root}: no {'training' if train else 'test'} videos; {expected}")
     if data in ("hmdb51", "ucf101", "toy"):
         if missing := sorted(class_of.keys() - list_videos(folder)):
             problem = (f"{len(missing)} of {len(class_of)} listed videos are not in {folder}, such "
                        f"as {missing[0]}")
             if len(missing) > 0.05 * len(class_of):
-                raise wrong_tree(data, root, problem)
+                raise UserError(f"{root}: {problem}; {expected}")
             warnings.warn(problem)
         class_of = {name: c for name, c in class_of.items() if name not in missing}
     number = {None: -1} | {c: k for k, c in enumerate(classes)}
@@ -840,12 +811,9 @@ def read_videos(data, root, train, split=1, pool="train"):
     return Videos(folder, class_of, [number[c] for c in class_of.values()], classes)
 
 
-def wrong_tree(data, root, problem):
-    return UserError(f"{root}: {problem}; expected {' and '.join(TREES[data])}")
-
 
 def read_ucf101(root, train, split):
-    """Folder of the videos, classes, and {name: class}, by the official lists."""
+    """Folder of the videos, classes, {name: class}: by the official lists."""
     lists = root / "ucfTrainTestlist"
     classes = [line.split()[-1] for line in read_lines(lists / "classInd.txt")]
     rows = read_lines(lists / f"{'train' if train else 'test'}list0{split}.txt")
@@ -854,8 +822,8 @@ def read_ucf101(root, train, split):
 
 
 def read_hmdb51(root, train, split, pool):
-    """Folder of the videos, classes, and {name: class}, by the official lists: a file for each
-    class, whose rows end in 1 (training), 2 (test) or 0 (neither)."""
+    """The same by HMDB51's lists: a file for each class, whose rows end in 1 (training), 2 (test)
+    or 0 (neither)."""
     lists = root / "testTrainMulti_7030_splits"
     ending = f"_test_split{split}.txt"
     codes = "2" if not train else "1" if pool == "train" else "01"
@@ -871,45 +839,33 @@ def read_hmdb51(root, train, split, pool):
 
 
 def read_folders(data, root, train):
-    """Folder of the videos, classes, and {name: class}, where a class is a folder, with videos at
-    any depth below it; the class of what lies under unlabeled/ is None."""
-    def read_classes(part):
-        names = sorted(os.path.join(part, name) for name in list_videos(root / part))
-        return {name: name.split("/")[1] if name.count("/") > 1 else None for name in names}
+    """The same by folders. A class has the videos at any depth below its folder; the class of what
+    lies under unlabeled/ is None."""
+    def key(name):  # of one file in two folders
+        return os.path.basename(name), size_of(root / name)
 
-    class_of = read_classes("train")
-    classes = sorted(set(class_of.values()) - {None})
-    if not train:
-        class_of = read_classes("val" if data == "kinetics400" else "test")
-    ignored = [name for name, c in class_of.items() if c not in classes]
-    if ignored:
+    parts = {}  # {train, test, ...: {name: class}}
+    for part in sorted(os.listdir(root)):
+        if os.path.isdir(root / part) and not part.startswith(HIDDEN):
+            names = sorted(f"{part}/{name}" for name in list_videos(root / part))
+            parts[part] = {name: name.split("/")[1] if name.count("/") > 1 else None
+                           for name in names}
+    classes = sorted(set(parts.get("train", {}).values()) - {None})
+    used = "train" if train else "val" if data == "kinetics400" else "test"
+    class_of = {name: c for name, c in parts.get(used, {}).items() if c in classes}
+    if ignored := sorted(parts.get(used, {}).keys() - class_of.keys()):
         warnings.warn(f"{len(ignored)} videos are in no class of train/, such as "
                       f"{root / ignored[0]}: ignored")
-    class_of = {name: c for name, c in class_of.items() if c in classes}
     if train and data == "folder":
-        if os.path.isdir(root / "unlabeled"):
-            class_of |= dict.fromkeys(read_classes("unlabeled"))
-        warn_of_folders(root, class_of)
+        class_of |= dict.fromkeys(parts.get("unlabeled", ()))
+        for part in parts.keys() - {"train", "test", "unlabeled"}:
+            if parts[part]:
+                warnings.warn(f"{root / part} is not read: only train/, test/ and unlabeled/ are")
+        tests = set(map(key, parts.get("test", ())))
+        if twice := [name for name in class_of if key(name) in tests]:
+            warnings.warn(f"{len(twice)} training videos are test videos, too, by file name and "
+                          f"size, such as {root / twice[0]}: accuracies will be too high")
     return root, classes, class_of
-
-
-def warn_of_folders(root, names):
-    """Warn of folders that --data folder does not read, and of test videos among the training
-    videos `names`: those of the same file name and size."""
-    for folder in sorted(os.listdir(root)):
-        found = (file for _, _, files in os.walk(root / folder) for file in files)
-        if folder not in ("train", "test", "unlabeled") and not folder.startswith(HIDDEN) and any(
-                file.lower().endswith(SUFFIXES) for file in found):
-            warnings.warn(f"{root / folder} is not read: only train/, test/ and unlabeled/ are")
-    tests = {}  # of each file name the sizes
-    with contextlib.suppress(UserError):  # training does without them
-        for name in list_videos(root / "test"):
-            tests.setdefault(os.path.basename(name), set()).add(size_of(root / "test" / name))
-    twice = [name for name in names if os.path.basename(name) in tests
-             and size_of(root / name) in tests[os.path.basename(name)]]
-    if twice:
-        warnings.warn(f"{len(twice)} training videos are test videos, too, by file name and size, "
-                      f"such as {root / twice[0]}: accuracies will be too high")
 
 
 def size_of(path):
@@ -1008,8 +964,7 @@ def read_labeled_list(path, videos):
 
 def set_digest(names):
     """Eight hexadecimal digits that tell one set of names from another."""
-    text = "\n".join(sorted(names))
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
+    return hashlib.sha256(os.fsencode("\n".join(sorted(names)))).hexdigest()[:8]
 
 
 def video_digest(videos):
@@ -1026,7 +981,7 @@ def weight_digest(saved):
     return digest.hexdigest()[:8]
 
 
-HEIGHT, WIDTH = 40, 56  # pixels of a frame
+
 TOY_COLOURS = np.array([(220, 60, 50), (60, 190, 80), (60, 90, 220), (230, 200, 60)], np.uint8)
 TOY_PATTERNS = {  # of the object, over u, v in [-1, 1]
     "Stripes": lambda u, v: np.floor(2 * (u + 1)) % 2 == 0,
@@ -1036,18 +991,14 @@ TOY_PATTERNS = {  # of the object, over u, v in [-1, 1]
 }
 # Up and down have the same frames, grow and shrink, too: only their order tells. Each movement is
 # in two classes, so a network with equal features for all clips of a video cannot tell the four
-# classes apart.
+# classes apart. A movement: what changes of the object, its middle value, half of its change.
+UP, DOWN = ("y", 20, -18), ("y", 20, 18)
+GROW, SHRINK = ("radius", 12, 7), ("radius", 12, -7)
 TOY_MOVES = {
-    "UpGrow": ("up", "grow"),
-    "GrowDown": ("grow", "down"),
-    "DownShrink": ("down", "shrink"),
-    "ShrinkUp": ("shrink", "up"),
-}
-TOY_PATHS = {  # a movement: what changes of the object as `way` runs from -1 to 1
-    "up": lambda way: {"y": 20 - 18 * way},
-    "down": lambda way: {"y": 20 + 18 * way},
-    "grow": lambda way: {"radius": 12 + 7 * way},
-    "shrink": lambda way: {"radius": 12 - 7 * way},
+    "UpGrow": (UP, GROW),
+    "GrowDown": (GROW, DOWN),
+    "DownShrink": (DOWN, SHRINK),
+    "ShrinkUp": (SHRINK, UP),
 }
 
 
@@ -1061,25 +1012,25 @@ def toy_clip(label, rng):
     patterns = list(TOY_PATTERNS.values())
     if label < len(patterns):
         pattern = patterns[label]
-        shots = [("swing", count)]
-        radius = 15
+        moves = [None]
+        lengths = [count]
     else:
         pattern = patterns[rng.integers(len(patterns))]
-        first, second = list(TOY_MOVES.values())[label - len(patterns)]
+        moves = list(TOY_MOVES.values())[label - len(patterns)]
         cut = int(count * rng.uniform(0.4, 0.6))
-        shots = [(first, cut), (second, count - cut)]
-        radius = 11
+        lengths = [cut, count - cut]
     scene = rng.integers(2)
     colours = rng.permutation(TOY_COLOURS)
     video = []
-    for k, (move, length) in enumerate(shots):
-        square = {"x": rng.uniform(24, 32), "y": rng.uniform(17, 23), "radius": radius}
-        if move == "swing":
+    for k, (move, length) in enumerate(zip(moves, lengths)):
+        square = {"x": rng.uniform(24, 32), "y": rng.uniform(17, 23), "radius": 11 if move else 15}
+        if move:
+            changing, middle, reach = move
+            square[changing] = middle + reach * np.linspace(-1, 1, length)
+        else:
             period = rng.choice([8, 16])  # frames
             swing = 6 * np.sin(2 * np.pi * (np.arange(length) / period + rng.random()))
             square[rng.choice(["x", "y"])] += swing
-        else:
-            square |= TOY_PATHS[move](np.linspace(-1, 1, length))
         video.append(paint_toy(square, length, pattern, colours[k], (scene + k) % 2))
     return np.concatenate(video)
 
@@ -1088,8 +1039,8 @@ def paint_toy(square, length, pattern, colour, scene):
     """Frames, uint8 (length, 40, 56, 3), of a square object in one of two scenes.
 
     square: x, y and radius in pixels, each a number or one for each frame."""
-    v, u = np.mgrid[:HEIGHT, :WIDTH]
-    ground = 110 + 30 * (u // 8 % 2) if scene else 60 + 40 * v / HEIGHT
+    v, u = np.mgrid[:40, :56]
+    ground = 110 + 30 * (u // 8 % 2) if scene else 60 + v
     x, y, radius = (np.broadcast_to(square[key], length)[:, None, None]
                     for key in ("x", "y", "radius"))
     du = (u - x) / radius
@@ -1112,42 +1063,38 @@ def render_toy(root, train=400, test=200):
         raise UserError(f"{root} is not empty: toy videos need a new --root (is --data missing?)")
     part = root.with_name(f"{root.name}.part")  # renamed when it is complete
     classes = [*TOY_PATTERNS, *TOY_MOVES]
-    names = []
+    lists = {
+        "classInd": [f"{k} {c}\n" for k, c in enumerate(classes, 1)],
+        "testlist01": [],
+        "trainlist01": [],
+    }
     for i in tqdm(range(train + test), desc=f"rendering toy videos into {root}", disable=None):
         k, label = divmod(i, len(classes))
         c = classes[label]
-        names.append(f"{c}/v_{c}_g{k // 4 + 1:02}_c{k % 4 + 1:02}.avi")
-        path = part / "UCF-101" / names[i]
+        name = f"{c}/v_{c}_g{k // 4 + 1:02}_c{k % 4 + 1:02}.avi"
+        path = part / "UCF-101" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        encode_video(path, toy_clip(label, rng(0, int.from_bytes(names[i].encode(), "big"))))
-    lists = {
-        "classInd": [f"{k + 1} {c}" for k, c in enumerate(classes)],
-        "testlist01": names[:test],
-        "trainlist01": [f"{name} {i % len(classes) + 1}" for i, name in enumerate(names)][test:],
-    }
+        with av.open(str(path), "w", format="avi") as container:  # as UCF101's files are
+            stream = container.add_stream("mpeg4", rate=25, options={"threads": "1"})
+            stream.width, stream.height = 56, 40
+            stream.pix_fmt = "yuv420p"
+            for frame in toy_clip(label, rng(0, int.from_bytes(name.encode(), "big"))):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+            container.mux(stream.encode())
+        if i < test:
+            lists["testlist01"].append(f"{name}\n")
+        else:
+            lists["trainlist01"].append(f"{name} {label + 1}\n")
     (part / "ucfTrainTestlist").mkdir(exist_ok=True)
     for name, lines in lists.items():
-        text = "".join(f"{line}\n" for line in lines)
-        (part / "ucfTrainTestlist" / f"{name}.txt").write_text(text)
-    settings = {"version": version, "train": train, "test": test}
-    (part / "toy.json").write_text(json.dumps(settings))
+        (part / "ucfTrainTestlist" / f"{name}.txt").write_text("".join(lines))
+    (part / "toy.json").write_text(json.dumps({"version": version, "train": train, "test": test}))
     part.rename(root)
 
 
-def encode_video(path, frames):
-    """uint8 (T, H, W, 3) -> MPEG-4 in an AVI container, as UCF101's files are."""
-    with av.open(str(path), "w", format="avi") as container:
-        stream = container.add_stream("mpeg4", rate=25, options={"threads": "1"})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for array in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, "rgb24")))
-        container.mux(stream.encode())
-
 
 # ==== Training: processes, Batches, State, checkpoints ============================================
-# command, all_gather, distribute, warm_up, autocast, Batches, State, read_checkpoint;
-# all of them work without torchrun, too
+# command, all_gather, distribute, warm_up, Batches, State, read_checkpoint: without torchrun, too
 def command(main):
     """Make main(argv=None) a command: a UserError is one line on stderr and exit status 2, Ctrl-C
     is one line and exit status 1."""
@@ -1204,21 +1151,6 @@ def all_gather(z):
     own.register_hook(lambda gradient: gradient * world_size())
     rows[rank()] = own
     return torch.cat(rows)
-
-
-def join_processes(device):
-    """Join torchrun's processes, if there are any."""
-    if "RANK" not in os.environ or dist.is_initialized():
-        return
-    store, place, size = next(dist.rendezvous("env://"))
-    # After a restart the store still holds the addresses of the dead processes.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", store=store, rank=place, world_size=size,
-        # Processes wait for the slowest one's part of a pass over all videos, and for rank 0.
-        timeout=timedelta(hours=2), device_id=device if device.type == "cuda" else None)
-    if place:
-        warnings.simplefilter("ignore")  # the first process tells them
 
 
 def distribute(net, clips, args, device):
@@ -1321,11 +1253,10 @@ class Batches:
     """The videos of each training step. They depend only on (seed, epoch, step), so any number of
     workers gives the same videos, and a run that resumes needs no state.
 
-    frames: of each video. steps: of an epoch; by default one pass over the first pool. In place of
-    a video that cannot be decoded comes the next of its pool, with its key. UserError if ten in a
-    row cannot, or if a batch is larger than the pool."""
+    steps: of an epoch. frames: of each video. In place of a video that cannot be decoded comes the
+    next of its pool, with its key. UserError if ten in a row cannot, or if there is no step."""
 
-    def __init__(self, videos, pools, frames, seed, args, device, steps=None):
+    def __init__(self, videos, pools, steps, frames, seed, args, device):
         self.videos = videos
         self.pools = pools
         self.seed = seed
@@ -1333,11 +1264,8 @@ class Batches:
         self.device = device
         self.unreadable = set()  # ids
         self.replaced = 0  # unreadable videos of this process since State last read the number
-        if steps is None:
-            passes = len(pools[0].ids) / pools[0].batch
-            steps = math.ceil(passes) if pools[0].cycle else int(passes)
         if not steps:
-            raise UserError(f"--batch {pools[0].batch} is more than the {len(pools[0].ids)} videos")
+            raise UserError(f"--batch {args.batch} is more than there are unlabelled videos")
         print0(f"{steps} steps an epoch")
         self.steps = steps
         self.share = sum(pool.batch for pool in pools) // world_size()
@@ -1405,19 +1333,20 @@ class State:
         self.batches = batches
         self.modules = modules
         self.path = Path(args.out) / f"{args.name}.pt"
+        labeled_names = [batches.videos.names[i] for i in labeled]
         self.metadata = {
             "stage": stage,
             "arch": args.arch,
             "classes": batches.videos.classes,
-            "labeled": [batches.videos.names[i] for i in labeled],
+            "labeled": labeled_names,
+            "made_from": {
+                "the set of classes": set_digest(batches.videos.classes),
+                "the set of labelled videos": set_digest(labeled_names),
+                "the set of training videos": video_digest(batches.videos),
+                **{name: weight_digest(saved) for name, saved in made_from.items()},
+            },
+            **passed_on,
         }
-        self.made_from = {
-            "the set of classes": set_digest(self.metadata["classes"]),
-            "the set of labelled videos": set_digest(self.metadata["labeled"]),
-            "the set of training videos": video_digest(batches.videos),
-        }
-        self.made_from |= {name: weight_digest(saved) for name, saved in made_from.items()}
-        self.passed_on = dict(passed_on)
         self.epoch = 0  # finished epochs
         self.step = 0  # finished steps of the current epoch
         self.sums = Counter()  # of the numbers of these steps, on the device
@@ -1428,36 +1357,31 @@ class State:
         self.saved_at = self.file_time()
         # torchrun gives a run that it restarts the same arguments.
         first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        if self.path.exists():
-            for name in filter(os.path.exists, made_from):
-                if os.path.samefile(name, self.path):
-                    raise UserError(f"--init {name} is the file that this run writes: give "
-                                    "another --out")
-            if not (args.restart and first_start):
-                self.resume()
+        if os.path.realpath(self.path) in map(os.path.realpath, made_from):
+            raise UserError(f"--init {self.path} is the file that this run writes: give another "
+                            "--out")
+        if self.path.exists() and not (args.restart and first_start):
+            self.resume()
         self.stream = batches.stream(self.steps_done(), self.steps_in_run)
 
     def resume(self):
-        saved = read_checkpoint(self.path, finished=False)
-        made_with = {**saved.get("args", {}), **saved}
-        for key, value in {**vars(self.args), "stage": self.metadata["stage"]}.items():
-            before = made_with.get(key)
+        saved = read_checkpoint(self.path, stages=(self.metadata["stage"],), finished=False)
+        for key, value in vars(self.args).items():
+            before = saved["args"].get(key)
             if key not in FREE_ARGUMENTS and before != value:
-                raise UserError(f"{self.path} was made with {key} {str(before)[:60]}, not "
-                                f"{str(value)[:60]}: give the first value to resume, --restart "
-                                "to start from scratch, or another --out")
-        for name, digest in self.made_from.items():
+                raise UserError(f"{self.path} was made with {key} {before}, not {value}: give "
+                                f"{before} to resume, --restart, or another --out")
+        for name, digest in self.metadata["made_from"].items():
             if digest != saved["made_from"].get(name):
                 raise UserError(f"{name} has changed since {self.path} was begun: --restart, or "
                                 "another --out")
         self.epoch = saved["epoch"]
         self.step = saved["step"]
-        planned = saved["args"]["epochs"]
-        if self.args.epochs < planned and self.steps_left() < self.recalibration:
-            least = self.epoch + math.ceil((self.step + RECALIBRATION) / self.batches.steps)
+        least = self.epoch + math.ceil((self.step + RECALIBRATION) / self.batches.steps)
+        least = min(least, saved["args"]["epochs"])  # the last steps of a run freeze the weights
+        if self.args.epochs < least and self.steps_left() < self.recalibration:
             raise UserError(f"--epochs {self.args.epochs}: {self.path} has {self.epoch} epochs, "
-                            f"and the last {RECALIBRATION} steps of a run freeze the weights: give "
-                            f"{min(least, planned)} or more")
+                            f"give {least} or more")
         for name, module in self.modules.items():
             module.load_state_dict(saved[name])
         self.sums = Counter(saved["sums"])
@@ -1504,10 +1428,9 @@ class State:
         self.batches.replaced = 0
         device = self.batches.device
         values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device)
-                              for value in self.sums.values()])
+                              for value in self.sums.values()]) / world_size()
         if world_size() > 1:
             dist.all_reduce(values)
-            values /= world_size()
         self.sums = Counter(dict(zip(self.sums, values.tolist())))
         if not values.isfinite().all():
             keep = f"--init {self.path} and another --out in stage 1, or "
@@ -1548,8 +1471,6 @@ class State:
         if rank() == 0:
             content = {
                 **self.metadata,
-                "made_from": self.made_from,
-                **self.passed_on,
                 "args": vars(self.args),
                 "epoch": self.epoch,
                 "step": self.step,
@@ -1573,7 +1494,7 @@ class State:
 
     def finish(self, **passed_on):
         """Write the checkpoint that the next stage reads, with what else it needs."""
-        self.passed_on |= passed_on
+        self.metadata |= passed_on
         self.finished = True
         self.save()
         print0(f"wrote {self.path}")
@@ -1623,14 +1544,12 @@ def read_checkpoint(path, folder="", stages=(), finished=True):
         path = os.path.join(folder, path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        stage = saved.get("stage")
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # bytes that are no checkpoint make torch raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"{path}: damaged, or no file of tensors ({reason})") from None
-    if not isinstance(saved, dict):
-        raise UserError(f"{path}: not a checkpoint")
-    stage = saved.get("stage")
+        raise UserError(f"{path}: damaged, or no checkpoint ({reason})") from None
     if stages and stage not in stages:
         raise UserError(f"{path}: found a checkpoint of {stage or 'another program'}, expected one "
                         f"of {' or '.join(filter(None, stages))}")
@@ -1644,8 +1563,8 @@ def read_checkpoint(path, folder="", stages=(), finished=True):
 
 def order_teachers(teachers):
     """Teachers' checkpoints, {name: content}, the invariant one first, whatever their names."""
-    names = sorted(teachers, key=lambda name: teachers[name].get("pretrained_by") != "pretrain_inv")
-    return {name: teachers[name] for name in names}
+    return dict(sorted(teachers.items(),
+                       key=lambda item: item[1].get("pretrained_by") != "pretrain_inv"))
 
 
 def fit_tstr(teachers):
@@ -1729,40 +1648,30 @@ def find_labeled(videos, teachers):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def map_videos(function, videos, indices, group_size, size, workers, device, title, show=None):
-    """Apply a function to the decoded frames at `indices` of all videos. Each process takes its
-    share of them.
+def map_videos(function, videos, indices, size, workers, device, title, show=None):
+    """Apply a function to the decoded frames at `indices` of each video, uint8 (T, H, W, 3) on the
+    device. Each process takes its share of the videos.
 
-    function: a list of up to `group_size` uint8 (T, H, W, 3) on the device -> a tensor with a
-    row for each. size: of the network's input. show(id, row) is called for each of this process's
-    videos as soon as it is done; row is None if the video cannot be decoded. Returns {id: row} of
-    all others."""
+    size: of the network's input. show(id, result) is called for each of this process's videos as
+    soon as it is done; result is None if the video cannot be decoded. Returns {id: result} of all
+    others, on the CPU."""
     ids = range(rank(), len(videos), world_size())
     dataset = Frames(videos, indices, round(1.25 * size))
     items = dataset.loader([(None, [i]) for i in ids], workers, device)
-    rows = {}
-    group = {}
+    results = {}
     for _, i, frames, bad in tqdm(items, desc=title, total=len(ids), leave=False,
                                   disable=True if rank() else None):
-        if frames is None:
-            if show:  # else it was named before
-                tqdm.write(f"warning: {videos.path(i)}: {bad[i]}", file=sys.stderr)
-                show(i, None)
-        else:
-            group[i] = frames.to(device, non_blocking=True)
-        if group and (len(group) == group_size or i == ids[-1]):
-            new = dict(zip(group, function(list(group.values())).cpu()))
-            for each in new.items() if show else ():
-                show(*each)
-            rows |= new
-            group = {}
+        if frames is not None:
+            results[i] = function(frames.to(device)).cpu()
+        elif show:  # else it was named before
+            tqdm.write(f"warning: {videos.path(i)}: {bad[i]}", file=sys.stderr)
+        if show:
+            show(i, results.get(i))
     if world_size() > 1:
-        # One tensor per process: pickling a row for each of 240,000 videos takes half a minute.
         everyone = [None] * world_size()
-        stacked = torch.stack(list(rows.values())) if rows else ()
-        dist.all_gather_object(everyone, (list(rows), stacked))
-        rows = {i: row for numbers, values in everyone for i, row in zip(numbers, values)}
-    return dict(sorted(rows.items()))
+        dist.all_gather_object(everyone, results)
+        results = {i: result for part in everyone for i, result in part.items()}
+    return dict(sorted(results.items()))
 
 
 def matrices_for_tstr(embedder, videos, args, device):
@@ -1785,20 +1694,16 @@ def matrices_for_tstr(embedder, videos, args, device):
 def compare_clips(embedder, videos, args, device):
     """C of Eq. 5 of each video, {id: (n, n)}, by a network of stage 1 before fine-tuning (Algorithm
     1, line 16), from args.clips consecutive clips in its middle, centre crop, eval mode."""
-    def similarity(frames):
-        clips = []
-        for video in frames:
-            clips += [centre_crop(clip, args.size) for clip in video.split(args.frames)]
+    def similarity(video):
+        clips = [centre_crop(clip, args.size) for clip in video.split(args.frames)]
         with autocast(args, device):
-            z = embedder(to_input(clips, embedder.backbone))
-        return temporal_similarity(z.unflatten(0, (-1, args.clips)))
+            z = embedder(to_input(clips, embedder.backbone))  # (n, 128)
+        return temporal_similarity(z[None])[0]
 
     embedder.eval()
     span = functools.partial(spaced_clips, clips=1, frames=args.clips * args.frames,
                              stride=args.stride)
-    group_size = max(1, args.batch // world_size())
-    return map_videos(similarity, videos, span, group_size, args.size, args.workers, device,
-                      "similarity")
+    return map_videos(similarity, videos, span, args.size, args.workers, device, "similarity")
 
 
 def recipe(data, stage):
@@ -1810,22 +1715,16 @@ def recipe(data, stage):
     settings = {
         "data": data,
         "root": f"data/{data}",
-        "split": 1,
-        "pool": "train",
         "percent": {"ucf101": 5, "hmdb51": 40, "toy": 6, "folder": 100}.get(data, 10),
-        "subset_seed": 0,
-        "clips": 4,
         "frames": 16 if ssl else 8,
         "stride": 1 if ssl else 2,
         "size": 224,
-        "no_flip": False,
         "arch": "slow_r50",
         "epochs": 150 if not ssl else 100 if data == "kinetics400" else 250,
         "batch": 40 if ssl else 16,
         "lr": 1e-3,
         "warmup": 10,
         "patience": 5,
-        "out": f"runs/{data}",
     }
     if data == "toy":
         settings |= {
@@ -1856,14 +1755,13 @@ def new_parser(description):
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter,
                                      usage=argparse.SUPPRESS)
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--workers", type=ranged(int, 0), default=min(16, max(1, cores - 1)),
-                         help="processes that decode videos")
+    add = parser.add_argument_group("machine").add_argument
+    add("--workers", type=ranged(int, 0), default=min(16, max(1, cores - 1)),
+        help="processes that decode videos")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    machine.add_argument("--device", choices=devices, default=devices[0], help="where to compute")
-    machine.add_argument("--precision", choices=("bf16", "fp32"),
-                         help="bf16 autocast or float32; if not given, bf16 where the hardware "
-                         "has it")
+    add("--device", choices=devices, default=devices[0], help="where to compute")
+    add("--precision", choices=("bf16", "fp32"),
+        help="bf16 autocast or float32; if not given, bf16 where the hardware has it")
     return parser
 
 
@@ -1874,61 +1772,55 @@ def stage_parser(stage, description):
     from_0 = ranged(int, 0)
     parser = new_parser(description)
     data = parser.add_argument_group("data")
-    data.add_argument("--data", choices=TREES, help="data set; toy is rendered if it is missing")
-    data.add_argument("--root", metavar="DIR", help="folder of the data set")
-    data.add_argument("--split", type=ranged(int, 1, 3),
-                      help="official split of ucf101 and hmdb51")
-    data.add_argument("--pool", choices=("train", "all"),
-                      help="training videos of hmdb51: the split's, or all but the test videos")
+    add = data.add_argument
+    add("--data", choices=TREES, help="data set; toy is rendered if it is missing")
+    add("--root", metavar="DIR", help="folder of the data set")
+    add("--split", type=ranged(int, 1, 3), default=1, help="official split of ucf101 and hmdb51")
+    add("--pool", choices=("train", "all"), default="train",
+        help="training videos of hmdb51: the split's, or all but the test videos")
     if not ssl:
-        labels = data.add_mutually_exclusive_group()
-        labels.add_argument("--percent", type=ranged(float, 1e-3, 100), metavar="P",
-                            help="labelled share of each class in %%")
-        labels.add_argument("--per-class", type=count, metavar="N",
-                            help="labelled videos of each class, instead of --percent")
-        labels.add_argument("--labeled-list", metavar="FILE",
-                            help="a published list of the labelled videos, instead of --percent")
-        data.add_argument("--subset-seed", type=from_0,
-                          help="chooses which videos are labelled; --seed does not")
+        add_one = data.add_mutually_exclusive_group().add_argument
+        add_one("--percent", type=ranged(float, 1e-3, 100), metavar="P",
+                help="labelled share of each class in %%")
+        add_one("--per-class", type=count, metavar="N",
+                help="labelled videos of each class, instead of --percent")
+        add_one("--labeled-list", metavar="FILE",
+                help="a published list of the labelled videos, instead of --percent")
+        add("--subset-seed", type=from_0, default=0,
+            help="chooses which videos are labelled; --seed does not")
 
-    clips = parser.add_argument_group("clips")
+    add = parser.add_argument_group("clips").add_argument
     if ssl:
-        clips.add_argument("--clips", type=ranged(int, 2), metavar="N",
-                           help="consecutive clips per video, n")
-    clips.add_argument("--frames", type=count, help="frames per clip")
-    clips.add_argument("--stride", type=count,
-                       help="distance of two frames of a clip, in frames of the video")
-    clips.add_argument("--size", type=ranged(int, 16), metavar="PIXELS",
-                       help="width and height of the network's input")
-    clips.add_argument("--no-flip", action="store_true", default=None,
-                       help="do not mirror clips: for classes that differ by left and right")
+        add("--clips", type=ranged(int, 2), default=4, metavar="N",
+            help="consecutive clips per video, n")
+    add("--frames", type=count, help="frames per clip")
+    add("--stride", type=count, help="distance of two frames of a clip, in frames of the video")
+    add("--size", type=ranged(int, 16), metavar="PIXELS",
+        help="width and height of the network's input")
+    add("--no-flip", action="store_true",
+        help="do not mirror clips: for classes that differ by left and right")
 
-    training = parser.add_argument_group("training")
-    training.add_argument("--arch", choices=ARCHS, help="network")
-    training.add_argument("--epochs", type=count, help="passes over the videos")
-    training.add_argument("--batch", type=count, metavar="VIDEOS",
-                          help="videos per step, over all processes (in stage 3: labelled ones, "
-                          "and as many unlabelled ones)")
-    training.add_argument("--lr", type=ranged(float, 0), help="learning rate of Adam")
-    training.add_argument("--warmup", type=from_0, metavar="EPOCHS",
-                          help="first epochs, in which the learning rate rises linearly to --lr")
-    training.add_argument("--patience", type=from_0, metavar="EPOCHS",
-                          help="the learning rate is halved after more than so many epochs without "
-                          "a lower loss")
+    add = parser.add_argument_group("training").add_argument
+    add("--arch", choices=ARCHS, help="network")
+    add("--epochs", type=count, help="passes over the videos")
+    add("--batch", type=count, metavar="VIDEOS", help="videos per step, over all processes (in "
+        "stage 3: labelled ones, and as many unlabelled ones)")
+    add("--lr", type=ranged(float, 0), help="learning rate of Adam")
+    add("--warmup", type=from_0, metavar="EPOCHS",
+        help="first epochs, in which the learning rate rises linearly to --lr")
+    add("--patience", type=from_0, metavar="EPOCHS",
+        help="the learning rate is halved after more than so many epochs without a lower loss")
 
-    run = parser.add_argument_group("run")
-    run.add_argument("--out", metavar="DIR", help="folder of checkpoints and logs")
-    run.add_argument("--seed", type=from_0, default=0,
-                     help="seed of initial weights, order of videos and augmentation")
-    run.add_argument("--save-every", type=count, default=500, metavar="STEPS",
-                     help="steps between two checkpoints")
-    run.add_argument("--restart", action="store_true",
-                     help="start from scratch, even if there is a checkpoint")
-    run.add_argument("--checkpointing", action="store_true",
-                     help="recompute activations in the backward pass: less memory, up to a third "
-                     "more time")
-    run.add_argument("--compile", action="store_true",
-                     help="torch.compile: slow to start, then faster on GPUs")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", metavar="DIR", help="folder of checkpoints and logs")
+    add("--seed", type=from_0, default=0,
+        help="seed of initial weights, order of videos and augmentation")
+    add("--save-every", type=count, default=500, metavar="STEPS",
+        help="steps between two checkpoints")
+    add("--restart", action="store_true", help="start from scratch, even if there is a checkpoint")
+    add("--checkpointing", action="store_true",
+        help="recompute activations in the backward pass: less memory, up to a third more time")
+    add("--compile", action="store_true", help="torch.compile: slow to start, then faster on GPUs")
     return parser
 
 
@@ -1949,26 +1841,22 @@ def start(parser, stage, argv, earlier=None):
     words = [word for word in argv if word not in ("-h", "--help")]
     args = parser.parse_args(words)
     device = prepare(args)
-    out = args.out or recipe(args.data or "toy", stage)["out"]
+    out = args.out or f"runs/{args.data or 'toy'}"
     checkpoints = {}
     if earlier and words == argv:
         names, folder, stages = earlier(args, out)
-        for name in names:
-            if name != "none":
-                checkpoints[name] = read_checkpoint(name, folder, stages)
-    made_with = {}  # of each checkpoint of ours, its settings that go on to this stage
-    for name, saved in checkpoints.items():
-        if saved.get("stage"):
-            made_with[name] = {k: v for k, v in saved["args"].items() if k in INHERITED[stage]}
+        checkpoints = {name: read_checkpoint(name, folder, stages)
+                       for name in names if name != "none"}
+    # Of each checkpoint of ours, its settings that go on to this stage.
+    made_with = {name: {k: v for k, v in saved["args"].items() if k in INHERITED[stage]}
+                 for name, saved in checkpoints.items() if saved.get("stage")}
     taken = {key: value for made in made_with.values() for key, value in made.items()}
+    defaults = recipe(args.data or taken.get("data", "toy"), stage) | taken
+    defaults |= {"precision": default_precision(args.device), "out": out}
     if any(getattr(args, key, None) for key in SUBSET):
-        taken = {key: value for key, value in taken.items() if key not in SUBSET}
-    defaults = {"precision": default_precision(args.device)}
-    defaults |= recipe(args.data or taken.get("data", "toy"), stage) | taken | {"out": out}
+        defaults = {key: value for key, value in defaults.items() if key not in SUBSET}
     parser.set_defaults(**{key: value for key, value in defaults.items() if key in args})
     args = parser.parse_args(argv)  # --help ends here
-    if any(getattr(args, key, None) for key in SUBSET[1:]):
-        args.percent = None
 
     for name, made in made_with.items():
         for key in INHERITED[stage]:
@@ -1995,16 +1883,26 @@ def start(parser, stage, argv, earlier=None):
 
 
 def prepare(args):
-    """Join torchrun's processes -> device."""
+    """Join torchrun's processes, if there are any -> device."""
     # glibc returns large blocks and faults them in again in every step: it should keep them.
     ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
     ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     device = torch.device("cpu")
+    backend = {"backend": "gloo"}
     if args.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-    join_processes(device)
+        backend = {"backend": "nccl", "device_id": device}
+    if "RANK" in os.environ and not dist.is_initialized():
+        store, place, size = next(dist.rendezvous("env://"))
+        # After a restart the store still holds the addresses of the dead processes.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        # Processes wait for the slowest one's part of a pass over all videos, and for rank 0.
+        dist.init_process_group(**backend, store=store, rank=place, world_size=size,
+                                timeout=timedelta(hours=2))
+        if place:
+            warnings.simplefilter("ignore")  # the first process tells them
     return device
 
 

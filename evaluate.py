@@ -44,25 +44,21 @@ UNREADABLE = "cannot be decoded"  # in place of a predicted class
 @command
 def main(argv=None):
     parser = new_parser(__doc__)
-    parser.add_argument("paths", nargs="*", type=Path, metavar="PATH",
-                        help="run folders or checkpoints (default: runs/toy)")
-    parser.add_argument("--root", metavar="DIR",
-                        help="folder of the data set (default: as in training)")
-    parser.add_argument("--clips", type=ranged(int, 1), default=10, metavar="N",
-                        help="clips per video")
-    parser.add_argument("--scales", nargs="+", type=ranged(float, 0.01, 1),
-                        default=[1.0, 0.8, 0.7], metavar="X",
-                        help="sides of the centre crops, as shares of the frame's short side")
-    parser.add_argument("--output", type=Path, metavar="DIR",
-                        help="folder of results.json and predictions.csv (default: the "
-                        "checkpoints')")
-    prediction = parser.add_argument_group("prediction, instead of accuracies")
-    prediction.add_argument("--videos", nargs="+", metavar="FILE_OR_DIR",
-                            help="print the most probable classes of these videos")
-    prediction.add_argument("--checkpoint", type=Path, metavar="FILE",
-                            help="the classifier, or a run folder (then its student.pt)")
-    prediction.add_argument("--topk", type=ranged(int, 1), default=5, metavar="K",
-                            help="number of classes per video")
+    add = parser.add_argument
+    add("paths", nargs="*", type=Path, metavar="PATH",
+        help="run folders or checkpoints (default: runs/toy)")
+    add("--root", metavar="DIR", help="folder of the data set (default: as in training)")
+    add("--clips", type=ranged(int, 1), default=10, metavar="N", help="clips per video")
+    add("--scales", nargs="+", type=ranged(float, 0.01, 1), default=[1.0, 0.8, 0.7], metavar="X",
+        help="sides of the centre crops, as shares of the frame's short side")
+    add("--output", type=Path, metavar="DIR",
+        help="folder of results.json and predictions.csv (default: the checkpoints')")
+    add = parser.add_argument_group("prediction, instead of accuracies").add_argument
+    add("--videos", nargs="+", metavar="FILE_OR_DIR",
+        help="print the most probable classes of these videos")
+    add("--checkpoint", type=Path, metavar="FILE",
+        help="the classifier, or a run folder (then its student.pt)")
+    add("--topk", type=ranged(int, 1), default=5, metavar="K", help="number of classes per video")
     args = parser.parse_args(argv)
     device = prepare(args)
     args.precision = args.precision or default_precision(args.device)
@@ -333,29 +329,25 @@ def class_probabilities(classifiers, videos, args, device, output, topk=1, show=
     models = [load_classifier(saved, device) for saved in classifiers.values()]
     trained = argparse.Namespace(**next(iter(classifiers.values()))["args"])
 
-    def probabilities(frames):
-        crops = []
-        for video in frames:
-            for clip in video.split(trained.frames):
-                crops += [centre_crop(clip, trained.size, scale) for scale in args.scales]
-        crops = torch.stack(crops)
-        rows = []
+    def probabilities(video):
+        crops = [centre_crop(clip, trained.size, scale)
+                 for clip in video.split(trained.frames) for scale in args.scales]
+        p = []
         for model in models:
             with autocast(args, device):
                 logits = model(to_input(crops, model))
-            p = logits.float().softmax(1)
-            rows.append(p.unflatten(0, (len(frames), -1)).mean(1))
-        return torch.stack(rows, 1)
+            p.append(logits.float().softmax(1).mean(0))
+        return torch.stack(p)
 
-    def write(i, row):
+    def write(i, p):
         c = videos.classes[videos.labels[i]] if videos.labels[i] >= 0 else None
         for k, name in enumerate(classifiers):
             top = {UNREADABLE: None}
-            if row is not None:
-                best = row[k].argsort(descending=True)[:topk].tolist()
-                top = {videos.classes[j]: round(row[k, j].item(), 4) for j in best}
-            for predicted, p in top.items():
-                lines.writerow([name, videos.names[i], c, predicted, p])
+            if p is not None:
+                best = p[k].argsort(descending=True)[:topk].tolist()
+                top = {videos.classes[j]: round(p[k, j].item(), 4) for j in best}
+            for predicted, share in top.items():
+                lines.writerow([name, videos.names[i], c, predicted, share])
             if show and k == 0:
                 show(i, top)
 
@@ -373,8 +365,8 @@ def class_probabilities(classifiers, videos, args, device, output, topk=1, show=
         file = open(os.devnull, "a", **how)  # what is printed comes first, then the error
     with file:
         lines = csv.writer(file, lineterminator="\n")
-        return map_videos(probabilities, videos, spaced, 1 if show else 4, trained.size,
-                          args.workers, device, "evaluation", write)
+        return map_videos(probabilities, videos, spaced, trained.size, args.workers, device,
+                          "evaluation", write)
 
 
 def predict(args, device):
@@ -412,7 +404,6 @@ def predict(args, device):
 
 # ---- Tables --------------------------------------------------------------------------------------
 def print_results(folder, results):
-    metrics = metrics_of(results)
     rows = []
     for r in results:
         name = r["checkpoint"]
@@ -420,10 +411,10 @@ def print_results(folder, results):
             name += f" (unfinished, epoch {r['epochs']})"
         low, high = wilson_interval(r["right"], r["videos"])
         rows.append([name, r["labeled_count"], f"{r['right']} of {r['videos']}",
-                     f"{low:.1f} to {high:.1f}", *(f"{r[key]:.1f}" for key in metrics)])
+                     f"{low:.1f} to {high:.1f}", *(f"{r[key]:.1f}" for key in METRICS)])
     scales = " ".join(map(str, results[0]["scales"]))
     print_table([f"{folder}, clips {results[0]['clips']}, scales {scales}", "labels", "right",
-                 "95 % interval", *metrics.values()], rows)
+                 "95 % interval", *METRICS.values()], rows)
 
 
 def wilson_interval(right, count):
@@ -435,11 +426,6 @@ def wilson_interval(right, count):
     return 100 * (middle + np.array([-reach, reach])) / (1 + z**2 / count)
 
 
-def metrics_of(results):
-    """METRICS, top-5 only where there are more than five classes."""
-    many = any(len(r["per_class"]) > 5 for r in results)
-    return {key: title for key, title in METRICS.items() if many or key != "top5"}
-
 
 def print_means(results):
     """Mean and standard deviation over run folders of their rows of one name, which agree in data,
@@ -449,12 +435,11 @@ def print_means(results):
         data = r["root"] if r["data"] == "folder" else f"{r['data']} {r['split']}"
         row = r["checkpoint"], data, r["arch"], r["labeled_count"]
         rows_of.setdefault(row, []).append(r)
-    metrics = metrics_of(results)
     rows = []
     for row, same in rows_of.items():
-        rows.append([*row, len(same), *(spread([r[key] for r in same]) for key in metrics)])
+        rows.append([*row, len(same), *(spread([r[key] for r in same]) for key in METRICS)])
     print_table(["mean ± standard deviation", "data, split", "network", "labels", "runs",
-                 *metrics.values()], rows)
+                 *METRICS.values()], rows)
 
 
 def spread(values, sign=""):

@@ -17,6 +17,7 @@ Writes: OUT/inv_ft.pt and OUT/dist_ft.pt, with a log each, and OUT/labeled.txt, 
 """
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -71,7 +72,8 @@ def prepare_run(args, saved, labeled, videos, device):
     optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.999), fused=True)
     scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=args.patience)
     pool = Pool(labeled, args.batch, cycle=True)
-    batches = Batches(videos, [pool], args.frames, seed, args, device)
+    steps = math.ceil(len(labeled) / args.batch)
+    batches = Batches(videos, [pool], steps, args.frames, seed, args, device)
     state = State("finetune", args, batches, made_from, labeled, passed_on, model=model,
                   optimizer=optimizer, scheduler=scheduler)
     return args, seed, model, net, optimizer, scheduler, state

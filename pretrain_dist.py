@@ -64,7 +64,8 @@ def main(argv=None):
     optimizer = torch.optim.Adam(trained, args.lr, betas=(0.9, 0.999), fused=True)
     scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=args.patience)
     everyone = Pool(range(len(videos)), args.batch, cycle=False)
-    batches = Batches(videos, [everyone], n * args.frames, seed, args, device)
+    steps = len(videos) // args.batch
+    batches = Batches(videos, [everyone], steps, n * args.frames, seed, args, device)
     state = State("pretrain_dist", args, batches, made_from, model=embedder.backbone,
                   head=embedder.head, optimizer=optimizer, scheduler=scheduler)
     if state.finished:

@@ -62,9 +62,6 @@ def main(argv=None):
     unlabeled = np.setdiff1d(np.arange(len(videos)), labeled)
     if len(unlabeled) == 0:
         unlabeled = labeled  # all videos are labelled: they serve as the unlabelled ones, too
-    steps = len(unlabeled) // args.batch  # an epoch is one pass over these; labelled ones repeat
-    if not steps:
-        raise UserError(f"--batch {args.batch} is more than the {len(unlabeled)} unlabelled videos")
     seed = seed_of("student", args.seed)
     torch.manual_seed(seed)
     student = build_model(args.arch, len(videos.classes))
@@ -83,7 +80,8 @@ def main(argv=None):
     pools = [Pool(labeled, args.batch, cycle=True)]
     if saved_teachers:  # the unlabelled videos come first
         pools.insert(0, Pool(unlabeled, args.batch, cycle=False))
-    batches = Batches(videos, pools, args.frames, seed, args, device, steps)
+    steps = len(unlabeled) // args.batch  # an epoch is one pass over these; labelled ones repeat
+    batches = Batches(videos, pools, steps, args.frames, seed, args, device)
     state = State("student", args, batches, made_from, labeled, model=student,
                   optimizer=optimizer, scheduler=scheduler)
     if state.finished:

@@ -87,12 +87,12 @@ def test_two_classes_of_which_one_is_never_recognised(toy, tmp_path, capsys):
                                   "frequent class has 60.0 %\n")
     title = f"{run}, clips 2, scales 1.0 0.8 0.7"
     assert cells(printed.out, title) == [title, "labels", "right", "95 % interval", "top-1",
-                                         "mean class"]
+                                         "top-5", "mean class"]
     # Wilson's interval, by its quadratic equation: (p - 0.6)^2 = 1.96^2 p (1 - p) / 10
     roots = np.roots([1 + 0.38416, -1.2 - 0.38416, 0.36])
     assert cells(printed.out, "x_ft.pt") == [
         "x_ft.pt", "1", "6 of 10", f"{100 * min(roots):.1f} to {100 * max(roots):.1f}", "60.0",
-        "50.0"]
+        "90.0", "50.0"]
     assert ("worst classes of x_ft.pt: b, c 0.0 (taken for a 3, cannot be decoded 1); a 100.0 "
             "(taken for nothing else)" in printed.out)
     assert "1.avi" in printed.err and "1 test videos cannot be decoded" in printed.out

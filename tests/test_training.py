@@ -27,7 +27,7 @@ def batches(toy, first=0, seed=0, workers=0):
     seed of its dropout: four of the videos 5 to 23, in a new order each epoch, and four of 0 to
     4."""
     pools = [tb.Pool(np.arange(5, 24), 4, False), tb.Pool(np.arange(5), 4, True)]
-    source = tb.Batches(tb.read_videos("toy", toy, True), pools, 4, seed,
+    source = tb.Batches(tb.read_videos("toy", toy, True), pools, 4, 4, seed,
                         argparse.Namespace(size=16, stride=2, workers=workers), torch.device("cpu"))
     return [(batch, torch.initial_seed()) for batch in source.stream(first, 12)]
 
