@@ -325,8 +325,7 @@ class Bottleneck(nn.Module):
 
 
 class SlowR50(Backbone):
-    """PyTorchVideo's slow_r50 (the paper's 3D-ResNet-50), key for key and number for number, for
-    any input size."""
+    """PyTorchVideo's slow_r50 (the paper's 3D-ResNet-50), key for key, for any input size."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -426,8 +425,7 @@ def load_backbone(model, saved):
     wrote it.
 
     Known public forms: torchvision's r3d_18 (a bare state dict), PyTorchVideo's slow_r50 (under
-    "model_state"), TCLR's (under "state_dict", trained on BGR frames). ValueError if a weight is
-    missing or does not fit."""
+    "model_state"), TCLR's (under "state_dict", of BGR frames). ValueError if one is missing."""
     saved = find_weights(saved)
     # What wrappers add to the names: "module.0." is TCLR's, "_orig_mod." torch.compile's.
     wrappers = re.compile(r"^(module\.0\.|module\.|model\.|backbone\.|_orig_mod\.)+|_orig_mod\.")
@@ -451,7 +449,7 @@ def find_weights(saved):
 
 
 # ==== Video: decoding, clips, augmentation ========================================================
-# decode_frames, clip_indices, spaced_clips, rng, augment_clips, centre_crop, to_input
+# decode_frames, clip_indices, spaced_positions, rng, augment_clips, centre_crop, to_input
 # Containers with an index, and the codecs of which every packet is one frame that is shown: there a
 # seek is exact.
 INTRA = {"mjpeg", "prores", "dnxhd", "dvvideo", "ffv1", "huffyuv", "rawvideo", "png"}
@@ -532,8 +530,7 @@ def list_packets(container, stream):
 
     After a seek a frame's index is the rank of its timestamp. So no key frame is listed unless
     every packet is whole, is one frame and has a timestamp of its own, and the first is a key frame
-    and the earliest. Nor where B-frames are in AVI (timestamps out of order), as in much of UCF101
-    and all of HMDB51."""
+    and the earliest. Nor where B-frames are in AVI (timestamps out of order): UCF101, HMDB51."""
     kind = container.format.name
     codec = stream.codec.canonical_name
     exact = codec in SEEKABLE.get(kind, ()) and not (
@@ -634,11 +631,9 @@ def clip_indices(count, frames, stride=1, position=0.5):
     return start + stride * np.arange(frames)
 
 
-def spaced_clips(count, clips, frames, stride):
-    """Indices of uniformly spaced clips, concatenated. A single clip lies in the middle.
-    ValueError for less than one clip, and as clip_indices raises it."""
-    positions = [0.5] if clips == 1 else np.linspace(0, 1, clips)
-    return np.concatenate([clip_indices(count, frames, stride, p) for p in positions])
+def spaced_positions(clips):
+    """The positions of uniformly spaced clips. A single clip lies in the middle."""
+    return [0.5] if clips == 1 else np.linspace(0, 1, clips).tolist()
 
 
 def rng(seed, *key):
@@ -683,8 +678,7 @@ def change_colours(x, brightness, contrast, saturation, hue):
     """One affine map of RGB for each clip: (N, T, 3, H, W) from 0 to 255 -> uint8.
 
     Each change is an array (N,): a factor of brightness, of contrast about mid-grey and of
-    saturation (0: greyscale, by the luma of Rec. 601), and a hue shift as a share of the colour
-    circle: a rotation about the grey axis."""
+    saturation (0: greyscale, luma of Rec. 601), and a hue shift, a rotation about the grey axis."""
     luma = np.array([0.299, 0.587, 0.114])
     across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # the grey axis x RGB
     angle, factor, gain = (v[:, None, None] for v in (2 * math.pi * hue, saturation,
@@ -704,8 +698,7 @@ def change_colours(x, brightness, contrast, saturation, hue):
 
 def centre_crop(clip, size, scale=1.0):
     """The central square whose side is `scale` times the shorter side of the frames, resized:
-    uint8 (T, H, W, 3) -> uint8 (T, 3, size, size). ValueError for another shape or type, or a scale
-    that is not in (0, 1]."""
+    uint8 (T, H, W, 3) -> uint8 (T, 3, size, size). ValueError for another shape, type or scale."""
     if clip.shape[3:] != (3,) or clip.dtype != torch.uint8 or not 0 < scale <= 1:
         raise ValueError(f"expected uint8 (T, H, W, 3) and a scale in (0, 1]; found {clip.dtype} "
                          f"{tuple(clip.shape)} and {scale}")
@@ -715,12 +708,9 @@ def centre_crop(clip, size, scale=1.0):
 
 
 def to_input(clips, model):
-    """The network's input: uint8 (N, T, 3, H, W), or a list of N (T, 3, H, W) -> (N, 3, T, H, W),
-    channels_last_3d, normalised by model.mean and model.std. Its dtype is model.mean's, inside
-    autocast autocast's. ValueError for another shape or type, RuntimeError if clips of a list
-    differ in shape."""
-    if not torch.is_tensor(clips):
-        clips = torch.stack(clips)
+    """The network's input: uint8 (N, T, 3, H, W) -> (N, 3, T, H, W), channels_last_3d, normalised
+    by model.mean and model.std. Its dtype is model.mean's, inside autocast autocast's. ValueError
+    for another shape or type."""
     if clips.ndim != 5 or clips.shape[2] != 3 or clips.dtype != torch.uint8:
         raise ValueError(f"expected uint8 (N, T, 3, H, W); found {clips.dtype} "
                          f"{tuple(clips.shape)}")
@@ -757,8 +747,7 @@ TREES["toy"] = TREES["ucf101"]  # the last: render_toy names the first that fits
 
 
 class Videos:
-    """The videos of a data set, by an id from 0: names (their paths below `folder`), labels (N,)
-    (-1: not known), classes."""
+    """A data set, by id from 0: names (paths below `folder`), labels (N,) (-1: none), classes."""
 
     def __init__(self, folder, names, labels, classes):
         self.folder = folder
@@ -773,8 +762,7 @@ class Videos:
         return os.path.join(self.folder, self.names[i])
 
     def mask_labels(self, keep=()):
-        """The label firewall: overwrites all labels but those of `keep`, so that no later code can
-        read them."""
+        """The label firewall: all labels but those of `keep` become -1, so no code reads them."""
         self.labels[np.setdiff1d(np.arange(len(self)), keep)] = -1
 
 
@@ -822,8 +810,7 @@ def read_ucf101(root, train, split):
 
 
 def read_hmdb51(root, train, split, pool):
-    """The same by HMDB51's lists: a file for each class, whose rows end in 1 (training), 2 (test)
-    or 0 (neither)."""
+    """The same by HMDB51's lists, one a class; rows end in 1 (train), 2 (test) or 0 (neither)."""
     lists = root / "testTrainMulti_7030_splits"
     ending = f"_test_split{split}.txt"
     codes = "2" if not train else "1" if pool == "train" else "01"
@@ -839,8 +826,7 @@ def read_hmdb51(root, train, split, pool):
 
 
 def read_folders(data, root, train):
-    """The same by folders. A class has the videos at any depth below its folder; the class of what
-    lies under unlabeled/ is None."""
+    """The same by folders, at any depth below a class; the class of unlabeled videos is None."""
     def key(name):  # of one file in two folders
         return os.path.basename(name), size_of(root / name)
 
@@ -1051,8 +1037,7 @@ def paint_toy(square, length, pattern, colour, scene):
 
 
 def render_toy(root, train=400, test=200):
-    """Write the toy videos as MPEG-4 files in UCF101's layout, unless they are there; UserError if
-    the folder holds anything else."""
+    """Write the toy videos in UCF101's layout, unless they are there; UserError if others are."""
     root = Path(root)
     version = 2
     if os.path.exists(root / "toy.json"):
@@ -1195,20 +1180,23 @@ def autocast(args, device):
 
 
 class Frames(Dataset):
-    """Item (key, ids): (key, i, frames, bad). i is the first of the ids whose video can be decoded,
-    bad is {id: reason} of those before it. If none can, frames is None.
+    """Item (key, ids, positions): (key, i, the clips at these positions, concatenated, bad). i is
+    the first of the ids whose video can be decoded, bad is {id: reason} of those before it. If none
+    can, there is None in place of the clips. size: of the network's input."""
 
-    indices: a function from the count of frames and, unless it is None, the key to the indices of
-    the frames."""
-
-    def __init__(self, videos, indices, short_side):
+    def __init__(self, videos, frames, stride, size):
         self.videos = videos
-        self.indices = indices
-        self.short_side = short_side
+        self.frames = frames
+        self.stride = stride
+        self.short_side = round(1.25 * size)
 
     def __getitem__(self, item):
-        key, ids = item
-        indices = self.indices if key is None else functools.partial(self.indices, key=key)
+        key, ids, positions = item
+
+        def indices(count):
+            return np.concatenate([clip_indices(count, self.frames, self.stride, position)
+                                   for position in positions])
+
         bad = {}
         for i in ids:
             try:
@@ -1228,10 +1216,6 @@ class Frames(Dataset):
 def leave_ctrl_c_to_parent(_worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-
-def random_span(count, key, seed, frames, stride):
-    """Indices of one clip at a random place of the video, drawn from (seed, key)."""
-    return clip_indices(count, frames, stride, rng(seed, *key).random())
 
 
 # Videos that a batch draws from: their ids, and how many of them are in a batch, over all
@@ -1269,13 +1253,12 @@ class Batches:
         print0(f"{steps} steps an epoch")
         self.steps = steps
         self.share = sum(pool.batch for pool in pools) // world_size()
-        indices = functools.partial(random_span, seed=seed, frames=frames, stride=args.stride)
-        self.dataset = Frames(videos, indices, round(1.25 * args.size))
+        self.dataset = Frames(videos, frames, args.stride, args.size)
 
     def items(self, first, last):
-        """This process's (key, [id and those that may replace it]) of the steps from `first` to
-        before `last`: a consecutive part of each pool's batch. A pool is one endless sequence of
-        laps, each in a new order."""
+        """This process's (key, [id and those that may replace it], [random position]) of the steps
+        from `first` to before `last`: a consecutive part of each pool's batch. A pool is one
+        endless sequence of laps, each in a new order."""
         for step in range(first, last):
             for k, (ids, batch, cycle) in enumerate(self.pools):
                 length = len(ids) if cycle else self.steps * batch
@@ -1285,11 +1268,11 @@ class Batches:
                     lap, place = divmod(p, length)
                     i = shuffled(self.seed, k, lap, len(ids))[place]
                     ids_to_try = np.take(ids, range(i, i + 10), mode="wrap").tolist()
-                    yield (k, lap, ids_to_try[0]), ids_to_try
+                    key = k, lap, ids_to_try[0]
+                    yield key, ids_to_try, [rng(self.seed, *key).random()]
 
     def stream(self, first, last):
-        """This process's Batch of each step from `first` to before `last`, counted from the run's
-        beginning."""
+        """This process's Batch of each step of the run, from `first` to before `last`."""
         ahead = max(2, math.ceil(2 * self.share / max(1, self.workers)))  # two batches
         loader = self.dataset.loader(self.items(first, last), self.workers, self.device, ahead)
         for step in range(first, last):
@@ -1511,8 +1494,7 @@ def describe_command():
 
 
 def write_atomically(path, write):
-    """Call write(file) on a new file that then, whole and on disk, takes the place of `path`;
-    UserError if it cannot."""
+    """Call write(file) on a new file that then, whole, takes the place of `path`, or UserError."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -1538,8 +1520,7 @@ def read_checkpoint(path, folder="", stages=(), finished=True):
     """What torch.save has written to a file: a dict, tensors on the CPU. No code of it runs.
 
     path: a file name is looked up in `folder`. stages: those that may have written it (None:
-    another program). UserError if it is damaged, of another stage, or unfinished but should not
-    be."""
+    another program). UserError if it is damaged, of another stage, or not `finished`."""
     if not os.path.dirname(path):
         path = os.path.join(folder, path)
     try:
@@ -1648,16 +1629,15 @@ def find_labeled(videos, teachers):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def map_videos(function, videos, indices, size, workers, device, title, show=None):
-    """Apply a function to the decoded frames at `indices` of each video, uint8 (T, H, W, 3) on the
-    device. Each process takes its share of the videos.
+def map_videos(function, dataset, positions, workers, device, title, show=None):
+    """Apply a function to the clips at `positions` of each video of a Frames, concatenated: uint8
+    (T, H, W, 3) on the device. Each process takes its share of the videos.
 
-    size: of the network's input. show(id, result) is called for each of this process's videos as
-    soon as it is done; result is None if the video cannot be decoded. Returns {id: result} of all
-    others, on the CPU."""
+    show(id, result) is called for each of this process's videos as soon as it is done; result is
+    None if the video cannot be decoded. Returns {id: result} of all others, on the CPU."""
+    videos = dataset.videos
     ids = range(rank(), len(videos), world_size())
-    dataset = Frames(videos, indices, round(1.25 * size))
-    items = dataset.loader([(None, [i]) for i in ids], workers, device)
+    items = dataset.loader([(None, [i], positions) for i in ids], workers, device)
     results = {}
     for _, i, frames, bad in tqdm(items, desc=title, total=len(ids), leave=False,
                                   disable=True if rank() else None):
@@ -1697,18 +1677,16 @@ def compare_clips(embedder, videos, args, device):
     def similarity(video):
         clips = [centre_crop(clip, args.size) for clip in video.split(args.frames)]
         with autocast(args, device):
-            z = embedder(to_input(clips, embedder.backbone))  # (n, 128)
+            z = embedder(to_input(torch.stack(clips), embedder.backbone))  # (n, 128)
         return temporal_similarity(z[None])[0]
 
     embedder.eval()
-    span = functools.partial(spaced_clips, clips=1, frames=args.clips * args.frames,
-                             stride=args.stride)
-    return map_videos(similarity, videos, span, args.size, args.workers, device, "similarity")
+    dataset = Frames(videos, args.clips * args.frames, args.stride, args.size)
+    return map_videos(similarity, dataset, [0.5], args.workers, device, "similarity")
 
 
 def recipe(data, stage):
-    """The default settings of a stage, by the name in its checkpoint: the paper's, and others for
-    toy.
+    """The defaults that depend on the stage, by its name in the checkpoint, or on the data set.
 
     The paper names no batch and no epochs of fine-tuning: these are from the authors' code."""
     ssl = stage.startswith("pretrain")
@@ -1718,13 +1696,8 @@ def recipe(data, stage):
         "percent": {"ucf101": 5, "hmdb51": 40, "toy": 6, "folder": 100}.get(data, 10),
         "frames": 16 if ssl else 8,
         "stride": 1 if ssl else 2,
-        "size": 224,
-        "arch": "slow_r50",
         "epochs": 150 if not ssl else 100 if data == "kinetics400" else 250,
         "batch": 40 if ssl else 16,
-        "lr": 1e-3,
-        "warmup": 10,
-        "patience": 5,
     }
     if data == "toy":
         settings |= {
@@ -1766,7 +1739,7 @@ def new_parser(description):
 
 
 def stage_parser(stage, description):
-    """The flags of all training stages. Those without a default here get one by recipe()."""
+    """The flags of all training stages, with the paper's settings; recipe() has the others."""
     ssl = stage.startswith("pretrain")
     count = ranged(int, 1)
     from_0 = ranged(int, 0)
@@ -1795,20 +1768,20 @@ def stage_parser(stage, description):
             help="consecutive clips per video, n")
     add("--frames", type=count, help="frames per clip")
     add("--stride", type=count, help="distance of two frames of a clip, in frames of the video")
-    add("--size", type=ranged(int, 16), metavar="PIXELS",
+    add("--size", type=ranged(int, 16), default=224, metavar="PIXELS",
         help="width and height of the network's input")
     add("--no-flip", action="store_true",
         help="do not mirror clips: for classes that differ by left and right")
 
     add = parser.add_argument_group("training").add_argument
-    add("--arch", choices=ARCHS, help="network")
+    add("--arch", choices=ARCHS, default="slow_r50", help="network")
     add("--epochs", type=count, help="passes over the videos")
     add("--batch", type=count, metavar="VIDEOS", help="videos per step, over all processes (in "
         "stage 3: labelled ones, and as many unlabelled ones)")
-    add("--lr", type=ranged(float, 0), help="learning rate of Adam")
-    add("--warmup", type=from_0, metavar="EPOCHS",
+    add("--lr", type=ranged(float, 0), default=1e-3, help="learning rate of Adam")
+    add("--warmup", type=from_0, default=10, metavar="EPOCHS",
         help="first epochs, in which the learning rate rises linearly to --lr")
-    add("--patience", type=from_0, metavar="EPOCHS",
+    add("--patience", type=from_0, default=5, metavar="EPOCHS",
         help="the learning rate is halved after more than so many epochs without a lower loss")
 
     add = parser.add_argument_group("run").add_argument

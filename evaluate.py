@@ -19,7 +19,6 @@ Writes: results.json and predictions.csv into the folder of the checkpoints. Row
 import argparse
 import contextlib
 import csv
-import functools
 import json
 import os
 import time
@@ -29,10 +28,11 @@ from pathlib import Path
 import numpy as np
 
 from common import (
-    Embedder, UserError, Videos, autocast, barrier, build_model, centre_crop, combine_teachers,
-    command, compare_clips, default_precision, fit_tstr, list_videos, load_classifier, map_videos,
-    new_parser, order_teachers, prepare, print0, ranged, rank, read_checkpoint, read_videos,
-    score_videos, spaced_clips, to_input, weight_digest, write_text)  # before torch
+    Embedder, Frames, UserError, Videos, autocast, barrier, build_model, centre_crop,
+    combine_teachers, command, compare_clips, default_precision, fit_tstr, list_videos,
+    load_classifier, map_videos, new_parser, order_teachers, prepare, print0, ranged, rank,
+    read_checkpoint, read_videos, score_videos, spaced_positions, to_input, weight_digest,
+    write_text)  # before torch
 
 import torch
 
@@ -330,8 +330,8 @@ def class_probabilities(classifiers, videos, args, device, output, topk=1, show=
     trained = argparse.Namespace(**next(iter(classifiers.values()))["args"])
 
     def probabilities(video):
-        crops = [centre_crop(clip, trained.size, scale)
-                 for clip in video.split(trained.frames) for scale in args.scales]
+        crops = torch.stack([centre_crop(clip, trained.size, scale)
+                             for clip in video.split(trained.frames) for scale in args.scales])
         p = []
         for model in models:
             with autocast(args, device):
@@ -351,8 +351,6 @@ def class_probabilities(classifiers, videos, args, device, output, topk=1, show=
             if show and k == 0:
                 show(i, top)
 
-    spaced = functools.partial(spaced_clips, clips=args.clips, frames=trained.frames,
-                               stride=trained.stride)
     with contextlib.suppress(OSError):
         if rank() == 0:
             Path(output).parent.mkdir(parents=True, exist_ok=True)
@@ -365,8 +363,9 @@ def class_probabilities(classifiers, videos, args, device, output, topk=1, show=
         file = open(os.devnull, "a", **how)  # what is printed comes first, then the error
     with file:
         lines = csv.writer(file, lineterminator="\n")
-        return map_videos(probabilities, videos, spaced, trained.size, args.workers, device,
-                          "evaluation", write)
+        dataset = Frames(videos, trained.frames, trained.stride, trained.size)
+        return map_videos(probabilities, dataset, spaced_positions(args.clips), args.workers,
+                          device, "evaluation", write)
 
 
 def predict(args, device):

@@ -227,7 +227,7 @@ def test_accuracy_counts_what_the_model_says(chain, toy, tmp_path):
         frames = tb.decode_frames(videos.path(i), range, short_side=20)
         crops = [tb.centre_crop(clip, 16, scale)
                  for clip in (frames[:8], frames[-8:]) for scale in args.scales]
-        p = model(tb.to_input(crops, model)).softmax(1).mean(0)
+        p = model(tb.to_input(torch.stack(crops), model)).softmax(1).mean(0)
         assert rows[i][0].allclose(p, atol=1e-5)
         right[videos.classes[videos.labels[i]]] = 100 * (int(p.argmax()) == videos.labels[i])
     result = read_results(chain)[-1]
@@ -269,7 +269,7 @@ def test_teachers_are_combined_by_the_similarity_of_the_test_video(chain, toy, t
         s = 0
         for embedder in embedders:
             with torch.no_grad():
-                a, b = embedder(tb.to_input(clips, embedder.backbone))
+                a, b = embedder(tb.to_input(torch.stack(clips), embedder.backbone))
             s += float(a @ b) / 2
         s = min(1, max(0, s))
         assert rows["teachers, mean"][i].allclose((p[0, i] + p[1, i]) / 2)
@@ -440,7 +440,7 @@ def test_what_is_known_of_the_unlabelled_videos(chain, toy, monkeypatch, capsys)
     right = []
     for name in ("student", "inv_ft"):
         model = tb.load_classifier(load(chain, name), CPU)
-        best = model(tb.to_input(clips, model)).argmax(1).numpy()
+        best = model(tb.to_input(torch.stack(clips), model)).argmax(1).numpy()
         right.append(100 * (best == videos.labels[rest]))
     of_student = [rows.mean() for rows in (right[0], right[0][easy], right[0][~easy])]
     assert cells(printed, "student.pt")[1:4] == [f"{mean:.1f} ± 0.0" for mean in of_student]

@@ -70,10 +70,9 @@ def load(content):
     (tb.distillation_loss, [Z[:0, 0], Z[:0, 0]], r"\(0, 8\)"),
     (tb.augment_clips, [[FRAMES, FRAMES], 16, [tb.rng(0)]], "shorter"),
     (tb.centre_crop, [FRAMES, 16, 1.5], "and 1.5"),
-    (to_input, [[FRAMES.float()]], "float32"),
+    (to_input, [FRAMES[None].float()], "float32"),
     (tb.pairwise_cosine, [Z, Z[:1]], r"\(1, 4, 8\)"),
     (tb.clip_indices, [0, 4], "video of 0 frames"),
-    (tb.spaced_clips, [100, 0, 8, 1], "at least one"),
     (lambda: embed(LONG, num_long=1, slices=3), [], "2 time steps"),
     (load, [{"state_dict": {}}], "tensors of the network are missing"),
     (tb.labeled_subset, [["a/1.avi", "b/2.avi"], [0, 1], 101], "101 per cent"),
@@ -279,13 +278,14 @@ def test_the_network_s_input_is_the_centre_normalised():
     crop = tb.centre_crop(torch.tensor(clip), 20, 0.5)
     assert np.array_equal(crop.numpy(), clip[:, 10:30, 18:38].transpose(0, 3, 1, 2))
     model = tb.build_model("r3d_tiny", 2)
-    x = tb.to_input([crop, crop], model)
+    two = torch.stack([crop, crop])
+    x = tb.to_input(two, model)
     expected = crop.permute(1, 0, 2, 3) / 255 - model.mean.view(3, 1, 1, 1)
     expected /= model.std.view(3, 1, 1, 1)
     assert x.is_contiguous(memory_format=torch.channels_last_3d)
     assert torch.allclose(x[1], expected, atol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(tb.to_input([crop, crop], model), x.bfloat16())  # rounded once
+        assert torch.equal(tb.to_input(two, model), x.bfloat16())  # rounded once
 
 
 # ---- Networks ------------------------------------------------------------------------------------

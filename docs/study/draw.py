@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common import (
-    UserError, command, decode_frames, read_checkpoint, read_videos, score_videos, spaced_clips,
+    UserError, clip_indices, command, decode_frames, read_checkpoint, read_videos, score_videos,
     write_atomically)  # before torch: see its imports
 
 import numpy as np
@@ -105,7 +105,7 @@ def draw_similarity(folder, clips, names, c_inv, c_dist, s):
     font = ImageFont.load_default(14)
 
     def middles(count):
-        return spaced_clips(count, 1, n * frames, stride)[frames // 2::frames]
+        return clip_indices(count, n * frames, stride)[frames // 2::frames]
 
     ranking = s.argsort(descending=True).tolist()
     shown = {"highest": ranking[0], "median": ranking[len(s) // 2], "lowest": ranking[-1]}
