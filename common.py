@@ -39,7 +39,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.video.resnet import BasicBlock, Conv3DSimple
@@ -419,17 +418,16 @@ class Embedder(nn.Module):
         return self.head(torch.cat([pooled.mean(2), unpooled]))
 
 
-
 def load_backbone(model, saved):
     """Load all weights except the classifier's from what torch.load returned, whichever program
     wrote it.
 
     Known public forms: torchvision's r3d_18 (a bare state dict), PyTorchVideo's slow_r50 (under
-    "model_state"), TCLR's (under "state_dict", of BGR frames). ValueError if one is missing."""
+    "model_state"), TCLR's (under "state_dict", of BGR frames). ValueError if a weight lacks."""
     saved = find_weights(saved)
     # What wrappers add to the names: "module.0." is TCLR's, "_orig_mod." torch.compile's.
-    wrappers = re.compile(r"^(module\.0\.|module\.|model\.|backbone\.|_orig_mod\.)+|_orig_mod\.")
-    weights = {wrappers.sub("", name): w for name, w in saved.items()}
+    weights = {re.sub(r"^(module\.0\.|module\.|model\.|backbone\.)+", "",
+                      name.replace("_orig_mod.", "")): w for name, w in saved.items()}
     own = {k: w for k, w in model.state_dict().items() if not k.startswith(CLASSIFIERS)}
     wrong = [k for k, w in own.items() if k not in weights or weights[k].shape != w.shape]
     if wrong:
@@ -449,7 +447,7 @@ def find_weights(saved):
 
 
 # ==== Video: decoding, clips, augmentation ========================================================
-# decode_frames, clip_indices, spaced_positions, rng, augment_clips, centre_crop, to_input
+# decode_frames, clip_indices, rng, augment_clips, centre_crop, to_input
 # Containers with an index, and the codecs of which every packet is one frame that is shown: there a
 # seek is exact.
 INTRA = {"mjpeg", "prores", "dnxhd", "dvvideo", "ffv1", "huffyuv", "rawvideo", "png"}
@@ -492,8 +490,8 @@ def decode_frames(path, indices, short_side=None):
     av.FFmpegError, OSError or ValueError for a file that cannot be decoded. Memory: twice the
     frames returned, and a few hundred bytes a packet.
 
-    In a damaged file a frame may be the one that the intact file has at this index, where a full
-    decode counts one lower, since the damage has cost a frame."""
+    Behind damage that costs a frame, a full decode counts all later frames one lower. Here they may
+    be those that the intact file has at these indices."""
     container, stream = open_video(path)
     with container:
         timestamps, keyframes = list_packets(container, stream)
@@ -530,7 +528,7 @@ def list_packets(container, stream):
 
     After a seek a frame's index is the rank of its timestamp. So no key frame is listed unless
     every packet is whole, is one frame and has a timestamp of its own, and the first is a key frame
-    and the earliest. Nor where B-frames are in AVI (timestamps out of order): UCF101, HMDB51."""
+    and the earliest. Nor where B-frames are in AVI (timestamps out of order), as in HMDB51."""
     kind = container.format.name
     codec = stream.codec.canonical_name
     exact = codec in SEEKABLE.get(kind, ()) and not (
@@ -586,12 +584,13 @@ def pick_frames(frames, start, wanted, short_side):
     """(uint8 (T, H, W, 3) of the wanted frames, None if one is missing; count of frames so far).
     start: index of the first frame."""
     pictures = {}  # by index
+    needed = set(wanted)
     count = start
     # One for all frames: PyAV's default is one for each, 4 times slower.
     scaler = av.video.reformatter.VideoReformatter()
     for index, frame in enumerate(frames, start):
         count = index + 1
-        if index in wanted:
+        if index in needed:
             if not pictures:  # the first frame settles size and orientation
                 scale = min(1, (short_side or math.inf) / min(frame.height, frame.width))
                 size = round(frame.width * scale), round(frame.height * scale)
@@ -600,7 +599,7 @@ def pick_frames(frames, start, wanted, short_side):
                     matrix = frame.side_data.get("DISPLAYMATRIX")
             picture = scaler.reformat(frame, *size, "rgb24", threads=1).to_ndarray()
             pictures[index] = turn_upright(picture, matrix) if matrix else picture
-    if not pictures.keys() >= set(wanted):
+    if len(pictures) < len(needed):
         return None, count
     return torch.from_numpy(np.stack([pictures[index] for index in wanted])), count
 
@@ -619,8 +618,8 @@ def clip_indices(count, frames, stride=1, position=0.5):
     video is played whole, in slow motion: if it were looped, its last clip could repeat its first,
     and L_D could not tell them apart.
 
-    position: from 0 (the clip begins with the video) to 1 (it ends with it). ValueError for a
-    position beyond these, or a number of frames below 1."""
+    count, frames, stride: whole numbers. position: from 0 (the clip begins with the video) to 1 (it
+    ends with it). ValueError for a position beyond these, or a number of frames below 1."""
     if min(count, frames, stride) < 1 or not 0 <= position <= 1:
         raise ValueError(f"no clip of {frames} frames, {stride} apart, lies at {position} of a "
                          f"video of {count} frames")
@@ -629,11 +628,6 @@ def clip_indices(count, frames, stride=1, position=0.5):
         return np.arange(frames) * count // frames
     start = min(slack, int(position * (slack + 1)))
     return start + stride * np.arange(frames)
-
-
-def spaced_positions(clips):
-    """The positions of uniformly spaced clips. A single clip lies in the middle."""
-    return [0.5] if clips == 1 else np.linspace(0, 1, clips).tolist()
 
 
 def rng(seed, *key):
@@ -650,7 +644,9 @@ def augment_clips(clips, size, rngs, flip=True, area=0.3, jitter=0.4, hue=0.1, j
     one for each clip. flip: mirror half of the clips. area: the crop keeps at least this share of
     the frame. jitter: largest change of brightness, contrast and saturation, as a share. hue:
     largest hue shift, as a share of the colour circle. jitter_prob, grey_prob: probabilities.
-    Returns uint8 (N, T, 3, size, size). ValueError for another number or shape."""
+    Returns uint8 (N, T, 3, size, size). ValueError for another number, type or channels."""
+    if any(clip.shape[3:] != (3,) or clip.dtype != torch.uint8 for clip in clips):
+        raise ValueError("expected clips of uint8 (T, H, W, 3)")
     crops = []
     changes = np.tile([1.0, 1.0, 1.0, 0.0], (len(clips), 1))
     for clip, rng, change in zip(clips, rngs, changes, strict=True):
@@ -678,7 +674,7 @@ def change_colours(x, brightness, contrast, saturation, hue):
     """One affine map of RGB for each clip: (N, T, 3, H, W) from 0 to 255 -> uint8.
 
     Each change is an array (N,): a factor of brightness, of contrast about mid-grey and of
-    saturation (0: greyscale, luma of Rec. 601), and a hue shift, a rotation about the grey axis."""
+    saturation (0: greyscale, luma of Rec. 601), and a share of a turn of hue about grey."""
     luma = np.array([0.299, 0.587, 0.114])
     across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # the grey axis x RGB
     angle, factor, gain = (v[:, None, None] for v in (2 * math.pi * hue, saturation,
@@ -736,7 +732,7 @@ SUFFIXES = tuple("""
     .3g2 .3gp .asf .avi .dav .divx .dv .f4v .flv .gif .h264 .hevc .m2t .m2ts .m2v .m4v .mjpeg .mjpg
     .mkv .mod .mov .mp4 .mpe .mpeg .mpg .mts .mxf .ogm .ogv .qt .rm .rmvb .tod .ts .vob .webm .wmv
     """.split())  # what cameras and the web write, and FFmpeg reads
-HIDDEN = (".", "@", "#recycle", "$RECYCLE", "lost+found", "__MACOSX")  # how such names begin
+HIDDEN = (".", "@", "#recycle", "$RECYCLE", "__MACOSX")  # how such names begin
 TREES = {  # videos, and lists or test videos, under --root
     "ucf101": ("UCF-101/<Class>/*.avi", "ucfTrainTestlist/*.txt"),
     "hmdb51": ("hmdb51_org/<class>/*.avi", "testTrainMulti_7030_splits/*.txt"),
@@ -799,7 +795,6 @@ def read_videos(data, root, train, split=1, pool="train"):
     return Videos(folder, class_of, [number[c] for c in class_of.values()], classes)
 
 
-
 def read_ucf101(root, train, split):
     """Folder of the videos, classes, {name: class}: by the official lists."""
     lists = root / "ucfTrainTestlist"
@@ -810,7 +805,7 @@ def read_ucf101(root, train, split):
 
 
 def read_hmdb51(root, train, split, pool):
-    """The same by HMDB51's lists, one a class; rows end in 1 (train), 2 (test) or 0 (neither)."""
+    """The same as read_ucf101; a list for each class, rows end in 1 (train), 2 (test) or 0."""
     lists = root / "testTrainMulti_7030_splits"
     ending = f"_test_split{split}.txt"
     codes = "2" if not train else "1" if pool == "train" else "01"
@@ -826,32 +821,43 @@ def read_hmdb51(root, train, split, pool):
 
 
 def read_folders(data, root, train):
-    """The same by folders, at any depth below a class; the class of unlabeled videos is None."""
-    def key(name):  # of one file in two folders
-        return os.path.basename(name), size_of(root / name)
+    """The same as read_ucf101, by folders at any depth; unlabeled videos have class None."""
+    def read_classes(part):
+        names = sorted(f"{part}/{name}" for name in list_videos(root / part))
+        return {name: name.split("/")[1] if name.count("/") > 1 else None for name in names}
 
-    parts = {}  # {train, test, ...: {name: class}}
-    for part in sorted(os.listdir(root)):
-        if os.path.isdir(root / part) and not part.startswith(HIDDEN):
-            names = sorted(f"{part}/{name}" for name in list_videos(root / part))
-            parts[part] = {name: name.split("/")[1] if name.count("/") > 1 else None
-                           for name in names}
-    classes = sorted(set(parts.get("train", {}).values()) - {None})
-    used = "train" if train else "val" if data == "kinetics400" else "test"
-    class_of = {name: c for name, c in parts.get(used, {}).items() if c in classes}
-    if ignored := sorted(parts.get(used, {}).keys() - class_of.keys()):
+    class_of = read_classes("train")
+    classes = sorted(set(class_of.values()) - {None})
+    if not train:
+        class_of = read_classes("val" if data == "kinetics400" else "test")
+    if ignored := [name for name, c in class_of.items() if c not in classes]:
         warnings.warn(f"{len(ignored)} videos are in no class of train/, such as "
                       f"{root / ignored[0]}: ignored")
+    class_of = {name: c for name, c in class_of.items() if c in classes}
     if train and data == "folder":
-        class_of |= dict.fromkeys(parts.get("unlabeled", ()))
-        for part in parts.keys() - {"train", "test", "unlabeled"}:
-            if parts[part]:
-                warnings.warn(f"{root / part} is not read: only train/, test/ and unlabeled/ are")
-        tests = set(map(key, parts.get("test", ())))
-        if twice := [name for name in class_of if key(name) in tests]:
-            warnings.warn(f"{len(twice)} training videos are test videos, too, by file name and "
-                          f"size, such as {root / twice[0]}: accuracies will be too high")
+        if os.path.isdir(root / "unlabeled"):
+            class_of |= dict.fromkeys(read_classes("unlabeled"))
+        warn_of_folders(root, class_of)
     return root, classes, class_of
+
+
+def warn_of_folders(root, names):
+    """Warn of folders that --data folder does not read, and of test videos among the training
+    videos `names`: those of the same file name and size."""
+    def key(name):
+        return os.path.basename(name), size_of(root / name)
+
+    for folder in sorted(os.listdir(root)):
+        files = (file.lower() for _, _, files in os.walk(root / folder) for file in files)
+        if folder not in ("train", "test", "unlabeled") and not folder.startswith(HIDDEN) and any(
+                file.endswith(SUFFIXES) for file in files):
+            warnings.warn(f"{root / folder} is not read: only train/, test/ and unlabeled/ are")
+    tests = set()
+    with contextlib.suppress(UserError):  # training does without them
+        tests = {key(f"test/{name}") for name in list_videos(root / "test")}
+    if twice := [name for name in names if key(name) in tests]:
+        warnings.warn(f"{len(twice)} training videos are test videos, too, by file name and size, "
+                      f"such as {root / twice[0]}: accuracies will be too high")
 
 
 def size_of(path):
@@ -906,12 +912,10 @@ def labeled_subset(names, labels, percent=100, seed=0, per_class=None):
         raise ValueError(f"{len(names)} names, labels of shape {labels.shape}, {percent} per cent: "
                          "expected a label for each name, and a share in (0, 100]")
 
-    def rank_of(i):
-        return hashlib.sha256(os.fsencode(f"{seed} {names[i]}")).digest()
-
     chosen = []
     for c in np.unique(labels[labels >= 0]):
-        members = sorted(np.flatnonzero(labels == c), key=rank_of)
+        members = sorted(np.flatnonzero(labels == c), key=lambda i: hashlib.sha256(
+            os.fsencode(f"{seed} {names[i]}")).digest())
         chosen += members[:per_class or max(1, round(percent / 100 * len(members)))]
     return np.array(sorted(chosen), np.int64)
 
@@ -965,7 +969,6 @@ def weight_digest(saved):
     for weight in find_weights(saved).values():
         digest.update(weight.detach().float().numpy().tobytes())
     return digest.hexdigest()[:8]
-
 
 
 TOY_COLOURS = np.array([(220, 60, 50), (60, 190, 80), (60, 90, 220), (230, 200, 60)], np.uint8)
@@ -1075,7 +1078,6 @@ def render_toy(root, train=400, test=200):
         (part / "ucfTrainTestlist" / f"{name}.txt").write_text("".join(lines))
     (part / "toy.json").write_text(json.dumps({"version": version, "train": train, "test": test}))
     part.rename(root)
-
 
 
 # ==== Training: processes, Batches, State, checkpoints ============================================
@@ -1217,7 +1219,6 @@ def leave_ctrl_c_to_parent(_worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-
 # Videos that a batch draws from: their ids, and how many of them are in a batch, over all
 # processes. If cycle, they are reshuffled whenever all were used, and a batch may hold one twice;
 # if not, an epoch is one pass over them, and its remainder is dropped.
@@ -1249,7 +1250,7 @@ class Batches:
         self.unreadable = set()  # ids
         self.replaced = 0  # unreadable videos of this process since State last read the number
         if not steps:
-            raise UserError(f"--batch {args.batch} is more than there are unlabelled videos")
+            raise UserError(f"--batch {args.batch} is more than the unlabelled videos of a pass")
         print0(f"{steps} steps an epoch")
         self.steps = steps
         self.share = sum(pool.batch for pool in pools) // world_size()
@@ -1340,20 +1341,20 @@ class State:
         self.saved_at = self.file_time()
         # torchrun gives a run that it restarts the same arguments.
         first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        if os.path.realpath(self.path) in map(os.path.realpath, made_from):
-            raise UserError(f"--init {self.path} is the file that this run writes: give another "
-                            "--out")
+        for name in made_from:
+            if self.path.exists() and os.path.exists(name) and os.path.samefile(name, self.path):
+                raise UserError(f"--init {name} is the file that this run writes: another --out")
         if self.path.exists() and not (args.restart and first_start):
             self.resume()
         self.stream = batches.stream(self.steps_done(), self.steps_in_run)
 
     def resume(self):
-        saved = read_checkpoint(self.path, stages=(self.metadata["stage"],), finished=False)
-        for key, value in vars(self.args).items():
-            before = saved["args"].get(key)
-            if key not in FREE_ARGUMENTS and before != value:
-                raise UserError(f"{self.path} was made with {key} {before}, not {value}: give "
-                                f"{before} to resume, --restart, or another --out")
+        saved = read_checkpoint(self.path, finished=False)
+        made_with = {"stage": saved.get("stage"), **saved.get("args", {})}
+        for key, value in {"stage": self.metadata["stage"], **vars(self.args)}.items():
+            if key not in FREE_ARGUMENTS and made_with.get(key) != value:
+                raise UserError(f"{self.path} was made with {key} {made_with.get(key)}, not "
+                                f"{value}: give the same, --restart or another --out")
         for name, digest in self.metadata["made_from"].items():
             if digest != saved["made_from"].get(name):
                 raise UserError(f"{name} has changed since {self.path} was begun: --restart, or "
@@ -1361,10 +1362,10 @@ class State:
         self.epoch = saved["epoch"]
         self.step = saved["step"]
         least = self.epoch + math.ceil((self.step + RECALIBRATION) / self.batches.steps)
-        least = min(least, saved["args"]["epochs"])  # the last steps of a run freeze the weights
+        least = min(least, saved["args"]["epochs"])
         if self.args.epochs < least and self.steps_left() < self.recalibration:
             raise UserError(f"--epochs {self.args.epochs}: {self.path} has {self.epoch} epochs, "
-                            f"give {least} or more")
+                            f"give {least} or more (the last steps freeze the weights)")
         for name, module in self.modules.items():
             module.load_state_dict(saved[name])
         self.sums = Counter(saved["sums"])
@@ -1667,7 +1668,6 @@ def matrices_for_tstr(embedder, videos, args, device):
     return {
         "similarity_names": [videos.names[i] for i in rows],
         "similarity": torch.stack(list(rows.values())),
-        "similarity_clips": [args.clips, args.frames, args.stride],
     }
 
 
@@ -1807,9 +1807,9 @@ def start(parser, stage, argv, earlier=None):
     """Parse the flags and join torchrun's processes -> args, device and {name: content} of the
     checkpoints from which the stage starts.
 
-    A setting is what its flag says, else what these checkpoints say, else the recipe of --data.
-    earlier: from the flags and OUT to the checkpoints' names, their folder and the stages that may
-    have written them. UserError if a flag contradicts a checkpoint where that cannot work."""
+    A setting is what its flag says, else these checkpoints, else recipe(), else the parser's
+    default. earlier: from the flags and OUT to the checkpoints' names, their folder and the stages
+    that may have written them. UserError if a flag contradicts a checkpoint that cannot follow."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     words = [word for word in argv if word not in ("-h", "--help")]
     args = parser.parse_args(words)
@@ -1824,8 +1824,8 @@ def start(parser, stage, argv, earlier=None):
     made_with = {name: {k: v for k, v in saved["args"].items() if k in INHERITED[stage]}
                  for name, saved in checkpoints.items() if saved.get("stage")}
     taken = {key: value for made in made_with.values() for key, value in made.items()}
-    defaults = recipe(args.data or taken.get("data", "toy"), stage) | taken
-    defaults |= {"precision": default_precision(args.device), "out": out}
+    defaults = {"precision": default_precision(args.device)}
+    defaults |= recipe(args.data or taken.get("data", "toy"), stage) | taken | {"out": out}
     if any(getattr(args, key, None) for key in SUBSET):
         defaults = {key: value for key, value in defaults.items() if key not in SUBSET}
     parser.set_defaults(**{key: value for key, value in defaults.items() if key in args})
@@ -1833,7 +1833,7 @@ def start(parser, stage, argv, earlier=None):
 
     for name, made in made_with.items():
         for key in INHERITED[stage]:
-            if key in made and getattr(args, key) != made[key]:
+            if key in made and getattr(args, key) not in (None, made[key]):
                 flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
                 if key in ("arch", *SUBSET, "subset_seed"):
                     raise UserError(f"{flag} contradicts {name}, made with {made[key]}")
@@ -1861,19 +1861,19 @@ def prepare(args):
     ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
     ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     device = torch.device("cpu")
-    backend = {"backend": "gloo"}
-    if args.device == "cuda":
+    on_gpu = args.device == "cuda"
+    if on_gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        backend = {"backend": "nccl", "device_id": device}
     if "RANK" in os.environ and not dist.is_initialized():
         store, place, size = next(dist.rendezvous("env://"))
         # After a restart the store still holds the addresses of the dead processes.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         # Processes wait for the slowest one's part of a pass over all videos, and for rank 0.
-        dist.init_process_group(**backend, store=store, rank=place, world_size=size,
-                                timeout=timedelta(hours=2))
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", store=store, rank=place, world_size=size,
+            timeout=timedelta(hours=2), device_id=device if on_gpu else None)
         if place:
             warnings.simplefilter("ignore")  # the first process tells them
     return device

@@ -31,8 +31,7 @@ from common import (
     Embedder, Frames, UserError, Videos, autocast, barrier, build_model, centre_crop,
     combine_teachers, command, compare_clips, default_precision, fit_tstr, list_videos,
     load_classifier, map_videos, new_parser, order_teachers, prepare, print0, ranged, rank,
-    read_checkpoint, read_videos, score_videos, spaced_positions, to_input, weight_digest,
-    write_text)  # before torch
+    read_checkpoint, read_videos, score_videos, to_input, weight_digest, write_text)  # before torch
 
 import torch
 
@@ -364,8 +363,9 @@ def class_probabilities(classifiers, videos, args, device, output, topk=1, show=
     with file:
         lines = csv.writer(file, lineterminator="\n")
         dataset = Frames(videos, trained.frames, trained.stride, trained.size)
-        return map_videos(probabilities, dataset, spaced_positions(args.clips), args.workers,
-                          device, "evaluation", write)
+        positions = [0.5] if args.clips == 1 else np.linspace(0, 1, args.clips)
+        return map_videos(probabilities, dataset, positions, args.workers, device, "evaluation",
+                          write)
 
 
 def predict(args, device):
@@ -423,7 +423,6 @@ def wilson_interval(right, count):
     middle = share + z**2 / (2 * count)
     reach = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     return 100 * (middle + np.array([-reach, reach])) / (1 + z**2 / count)
-
 
 
 def print_means(results):

@@ -36,22 +36,21 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 @command
 def main(argv=None):
     parser = stage_parser("student", __doc__)
-    parser.add_argument("--teachers", nargs="+", default=["inv_ft.pt", "dist_ft.pt"],
-                        metavar="CHECKPOINT", help="one or two teachers: file names in OUT, or "
-                        "paths; none: the labels alone")
-    parser.add_argument("--init", default="dist.pt", metavar="CHECKPOINT",
-                        help="initial weights of the student: a file name in --pretrained, or a "
-                        "path; none: random weights")
-    parser.add_argument("--pretrained", metavar="DIR",
-                        help="folder with the checkpoints of stage 1 (default: OUT)")
-    parser.add_argument("--omega", type=ranged(float, 0), default=1.0, metavar="X",
-                        help="weight of the distillation loss, Eq. 2")
-    parser.add_argument("--teacher-loss", choices=("l2", "kl", "js"), default="l2",
-                        help="distance between the teachers' and the student's predictions")
-    parser.add_argument("--reweight", type=weighting, default="tstr", metavar="{tstr,mean,W}",
-                        help="weight of the invariant teacher (of the first, if both are of one "
-                        "kind): s of each video (tstr), 0.5 (mean) or a number W from 0 to 1")
-    parser.add_argument("--name", default="student", help="write OUT/NAME.pt")
+    add = parser.add_argument
+    add("--teachers", nargs="+", default=["inv_ft.pt", "dist_ft.pt"], metavar="CHECKPOINT",
+        help="one or two teachers: file names in OUT, or paths; none: the labels alone")
+    add("--init", default="dist.pt", metavar="CHECKPOINT", help="initial weights of the student: "
+        "a file name in --pretrained, or a path; none: random weights")
+    add("--pretrained", metavar="DIR",
+        help="folder with the checkpoints of stage 1 (default: OUT)")
+    add("--omega", type=ranged(float, 0), default=1.0, metavar="X",
+        help="weight of the distillation loss, Eq. 2")
+    add("--teacher-loss", choices=("l2", "kl", "js"), default="l2",
+        help="distance between the teachers' and the student's predictions")
+    add("--reweight", type=weighting, default="tstr", metavar="{tstr,mean,W}",
+        help="weight of the invariant teacher (of the first, if both are of one kind): s of each "
+        "video (tstr), 0.5 (mean) or a number W from 0 to 1")
+    add("--name", default="student", help="write OUT/NAME.pt")
     args, device, saved_teachers = start(parser, "student", argv, lambda args, out: (
         args.teachers, out, ["finetune"]))
     if len(set(args.teachers)) != len(args.teachers) or len(args.teachers) > 2:

@@ -216,7 +216,7 @@ def test_classes_are_first_folders_and_what_is_left_out_is_counted_unless_hidden
 
 
 def test_a_folder_that_is_not_read_is_named(mine):
-    stand_in(mine, ["unlabelled/deep/x.mp4", "lost+found/z.mp4", ".cache/y.mp4", "loose.mp4"])
+    stand_in(mine, ["unlabelled/deep/x.mp4", "runs/inv.log", ".cache/y.mp4", "loose.mp4"])
     _, [warning] = warned(tb.read_videos, "folder", mine, True)
     assert warning == f"{mine}/unlabelled is not read: only train/, test/ and unlabeled/ are"
 

@@ -340,7 +340,8 @@ def test_a_damaged_file_gives_frames_and_those_before_the_damage_are_right(name,
     content[middle:middle + 2000] = filling(2000)
     path.write_bytes(content)
     assert np.array_equal(tb.decode_frames(path, range(20)).numpy(), intact[:20])
-    clips = tb.decode_frames(path, lambda count: tb.clip_indices(count, 40, 2), short_side=24)
+    clips = tb.decode_frames(path, lambda count: np.concatenate(
+        [tb.clip_indices(count, 8, 2, p) for p in np.linspace(0, 1, 5)]), short_side=24)
     assert clips.shape == (40, 24, 32, 3)
 
 

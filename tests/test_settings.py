@@ -158,6 +158,15 @@ def test_a_mistake_costs_one_line(module, flags, word, mistaken, toy, monkeypatc
     assert word in error and error.startswith(f"{module.__name__}.py: "), error
 
 
+def test_toy_trains_in_float32_where_bf16_is_the_default(monkeypatch):
+    """And its recipe has the last word on what the parser has a default for, too."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    for data, expected in {"toy": ("fp32", 24, 2), "ucf101": ("bf16", 224, 10)}.items():
+        argv = ["--data", data, "--device", "cpu"]
+        args, _, _ = tb.start(tb.stage_parser("finetune", ""), "finetune", argv)
+        assert (args.precision, args.size, args.warmup) == expected
+
+
 def test_bf16_on_a_cpu_needs_amx(toy, tmp_path, monkeypatch, complaint):
     """Elsewhere oneDNN's gradients of convolutions over two time steps are wrong."""
     monkeypatch.setattr(torch.cpu, "get_capabilities",

@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps  # Pillow comes with torchvision
 
 from docs.study.intervals import read_rows
-from evaluate import TEACHERS, print_table
+from evaluate import TEACHERS, print_table, read_stage_1
 
 
 @command
@@ -54,7 +54,8 @@ def main(argv=None):
         mean_s = [s[labels == videos.classes.index(c)].mean() for c in p_inv]
         values.append(list(zip(mean_s, p_inv.values(), p_dist.values())))
         if len(values) == 1:
-            clips = teachers[0]["similarity_clips"]
+            made = read_stage_1(teachers[0], Path(folder))["args"]
+            clips = made["clips"], made["frames"], made["stride"]
             similarity = draw_similarity(videos.folder, clips, names, c_inv, c_dist, s)
     rows = []
     for c, (mean_s, inv, dist) in zip(p_inv, np.mean(values, 0)):
