@@ -45,18 +45,23 @@ def main(argv=None):
     names = ["labeled_only" if init == "none" else f"{Path(init).stem}_ft" for init in args.init]
     if len(set(names)) < len(names):
         raise UserError(f"--init: two of these would write {args.out}/{names[0]}.pt")
-    runs = []  # all are prepared, and refused if need be, before the first one is trained
+    runs = []
     for init, name in zip(args.init, names):
         own_args = argparse.Namespace(**{**vars(args), "init": init, "name": name})
-        runs.append(prepare_run(own_args, pretrained.get(init), labeled, videos, device))
+        runs.append(finetune(own_args, pretrained.get(init), labeled, videos, device))
+    for run in runs:
+        next(run)
     rows = [f"{videos.names[i]} {videos.labels[i]}\n" for i in labeled]
     write_text(os.path.join(args.out, "labeled.txt"), "".join(rows))
     for run in runs:
-        finetune(*run, videos, device)
+        next(run, None)
 
 
-def prepare_run(args, saved, labeled, videos, device):
-    """saved: the content of the checkpoint to start from, None for random weights."""
+def finetune(args, saved, labeled, videos, device):
+    """Fine-tune one network. It stops at `yield`, prepared: so all runs are ready, or one has been
+    refused, before the first one trains.
+
+    saved: the content of the checkpoint to start from, None for random weights."""
     seed = seed_of("finetune", args.seed)
     torch.manual_seed(seed)
     model = build_model(args.arch, len(videos.classes))
@@ -76,11 +81,7 @@ def prepare_run(args, saved, labeled, videos, device):
     batches = Batches(videos, [pool], steps, args.frames, seed, args, device)
     state = State("finetune", args, batches, made_from, labeled, passed_on, model=model,
                   optimizer=optimizer, scheduler=scheduler)
-    return args, seed, model, net, optimizer, scheduler, state
-
-
-def finetune(args, seed, model, net, optimizer, scheduler, state, videos, device):
-    """Train what prepare_run has prepared."""
+    yield
     if state.finished:
         return
 
