@@ -423,7 +423,7 @@ def load_backbone(model, saved):
     wrote it.
 
     Known public forms: torchvision's r3d_18 (a bare state dict), PyTorchVideo's slow_r50 (under
-    "model_state"), TCLR's (under "state_dict", of BGR frames). ValueError if a weight lacks."""
+    "model_state"), TCLR's ("state_dict", of BGR frames). ValueError if a weight is missing."""
     saved = find_weights(saved)
     # What wrappers add to the names: "module.0." is TCLR's, "_orig_mod." torch.compile's.
     weights = {re.sub(r"^(module\.0\.|module\.|model\.|backbone\.)+", "",
@@ -1040,7 +1040,7 @@ def paint_toy(square, length, pattern, colour, scene):
 
 
 def render_toy(root, train=400, test=200):
-    """Write the toy videos in UCF101's layout, unless they are there; UserError if others are."""
+    """Write the toy videos in UCF101's layout, unless they are there. UserError for other files."""
     root = Path(root)
     version = 2
     if os.path.exists(root / "toy.json"):
