@@ -497,8 +497,7 @@ def decode_frames(path, indices, short_side=None):
         timestamps, keyframes = list_packets(container, stream)
         if not timestamps:
             raise ValueError("no frame can be decoded")
-        wanted = indices(len(timestamps)) if callable(indices) else indices
-        wanted = list(map(int, wanted))
+        wanted = list(map(int, indices(len(timestamps)) if callable(indices) else indices))
         first, last = min(wanted, default=-1), max(wanted, default=-1)
         if first < 0:
             raise IndexError(f"frames {wanted} asked for")
@@ -618,9 +617,10 @@ def clip_indices(count, frames, stride=1, position=0.5):
     video is played whole, in slow motion: if it were looped, its last clip could repeat its first,
     and L_D could not tell them apart.
 
-    count, frames, stride: whole numbers. position: from 0 (the clip begins with the video) to 1 (it
-    ends with it). ValueError for a position beyond these, or a number of frames below 1."""
-    if min(count, frames, stride) < 1 or not 0 <= position <= 1:
+    position: from 0 (the clip begins with the video) to 1 (it ends with it). ValueError for a
+    position beyond these, or if a number of frames is not whole or below 1."""
+    whole = all(isinstance(n, (int, np.integer)) and n > 0 for n in (count, frames, stride))
+    if not whole or not 0 <= position <= 1:
         raise ValueError(f"no clip of {frames} frames, {stride} apart, lies at {position} of a "
                          f"video of {count} frames")
     slack = count - (frames - 1) * stride - 1
@@ -644,12 +644,14 @@ def augment_clips(clips, size, rngs, flip=True, area=0.3, jitter=0.4, hue=0.1, j
     one for each clip. flip: mirror half of the clips. area: the crop keeps at least this share of
     the frame. jitter: largest change of brightness, contrast and saturation, as a share. hue:
     largest hue shift, as a share of the colour circle. jitter_prob, grey_prob: probabilities.
-    Returns uint8 (N, T, 3, size, size). ValueError for another number, type or channels."""
+    Returns uint8 (N, T, 3, size, size). ValueError for another number, shape or type."""
+    if len({len(clip) for clip in clips}) != 1 or len(clips) != len(rngs):
+        raise ValueError(f"{len(clips)} clips, {len(rngs)} generators, or clips differ in length")
     if any(clip.shape[3:] != (3,) or clip.dtype != torch.uint8 for clip in clips):
         raise ValueError("expected clips of uint8 (T, H, W, 3)")
     crops = []
     changes = np.tile([1.0, 1.0, 1.0, 0.0], (len(clips), 1))
-    for clip, rng, change in zip(clips, rngs, changes, strict=True):
+    for clip, rng, change in zip(clips, rngs, changes):
         height, width = clip.shape[1:3]
         pixels = rng.uniform(area, 1) * height * width
         ratio = math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
@@ -844,18 +846,17 @@ def read_folders(data, root, train):
 def warn_of_folders(root, names):
     """Warn of folders that --data folder does not read, and of test videos among the training
     videos `names`: those of the same file name and size."""
-    def key(name):
-        return os.path.basename(name), size_of(root / name)
-
     for folder in sorted(os.listdir(root)):
-        files = (file.lower() for _, _, files in os.walk(root / folder) for file in files)
+        found = (file for _, _, files in os.walk(root / folder) for file in files)
         if folder not in ("train", "test", "unlabeled") and not folder.startswith(HIDDEN) and any(
-                file.endswith(SUFFIXES) for file in files):
+                file.lower().endswith(SUFFIXES) for file in found):
             warnings.warn(f"{root / folder} is not read: only train/, test/ and unlabeled/ are")
-    tests = set()
+    tests = {}  # of each file name the sizes
     with contextlib.suppress(UserError):  # training does without them
-        tests = {key(f"test/{name}") for name in list_videos(root / "test")}
-    if twice := [name for name in names if key(name) in tests]:
+        for name in list_videos(root / "test"):
+            tests.setdefault(os.path.basename(name), set()).add(size_of(root / "test" / name))
+    if twice := [name for name in names if os.path.basename(name) in tests
+                 and size_of(root / name) in tests[os.path.basename(name)]]:
         warnings.warn(f"{len(twice)} training videos are test videos, too, by file name and size, "
                       f"such as {root / twice[0]}: accuracies will be too high")
 
@@ -1649,9 +1650,11 @@ def map_videos(function, dataset, positions, workers, device, title, show=None):
         if show:
             show(i, results.get(i))
     if world_size() > 1:
+        # One tensor per process: pickling one for each of 240,000 videos takes most of a minute.
         everyone = [None] * world_size()
-        dist.all_gather_object(everyone, results)
-        results = {i: result for part in everyone for i, result in part.items()}
+        stacked = torch.stack(list(results.values())) if results else ()
+        dist.all_gather_object(everyone, (list(results), stacked))
+        results = {i: row for numbers, rows in everyone for i, row in zip(numbers, rows)}
     return dict(sorted(results.items()))
 
 
@@ -1661,10 +1664,8 @@ def matrices_for_tstr(embedder, videos, args, device):
         for buffer in embedder.buffers():  # on CPUs each process has its own BatchNorm statistics
             dist.broadcast(buffer, 0)
     rows = compare_clips(embedder, videos, args, device)
-    if len(rows) < len(videos):
-        name = next(name for i, name in enumerate(videos.names) if i not in rows)
-        print0(f"{len(videos) - len(rows)} videos cannot be decoded, such as {name}: they get "
-               "s = 0.5")
+    if absent := [name for i, name in enumerate(videos.names) if i not in rows]:
+        print0(f"{len(absent)} videos cannot be decoded, such as {absent[0]}: they get s = 0.5")
     return {
         "similarity_names": [videos.names[i] for i in rows],
         "similarity": torch.stack(list(rows.values())),
@@ -1861,8 +1862,7 @@ def prepare(args):
     ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
     ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     device = torch.device("cpu")
-    on_gpu = args.device == "cuda"
-    if on_gpu:
+    if args.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
@@ -1872,8 +1872,8 @@ def prepare(args):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         # Processes wait for the slowest one's part of a pass over all videos, and for rank 0.
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo", store=store, rank=place, world_size=size,
-            timeout=timedelta(hours=2), device_id=device if on_gpu else None)
+            "nccl" if device.type == "cuda" else "gloo", store=store, rank=place, world_size=size,
+            timeout=timedelta(hours=2), device_id=device if device.type == "cuda" else None)
         if place:
             warnings.simplefilter("ignore")  # the first process tells them
     return device

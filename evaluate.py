@@ -117,8 +117,7 @@ def evaluate_folder(folder, classifiers, args, device):
     """Evaluate a folder's classifiers, and both teachers combined: print the table, write
     predictions.csv -> the objects of results.json, the baseline first, students last."""
     begin = time.perf_counter()
-    first = "student.pt" if "student.pt" in classifiers else next(iter(classifiers))
-    trained = classifiers[first]["args"]
+    trained = classifiers.get("student.pt", next(iter(classifiers.values())))["args"]
     root = os.path.normpath(args.root or trained["root"])
     videos = read_videos(trained["data"], root, False, trained["split"])
     for name, saved in list(classifiers.items()):

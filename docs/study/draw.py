@@ -54,7 +54,7 @@ def main(argv=None):
         mean_s = [s[labels == videos.classes.index(c)].mean() for c in p_inv]
         values.append(list(zip(mean_s, p_inv.values(), p_dist.values())))
         if len(values) == 1:
-            made = read_stage_1(teachers[0], Path(folder))["args"]
+            made = read_stage_1(teachers[0], folder)["args"]
             clips = made["clips"], made["frames"], made["stride"]
             similarity = draw_similarity(videos.folder, clips, names, c_inv, c_dist, s)
     rows = []
