@@ -202,18 +202,13 @@ def require_writable(path):
 
 def describe(name, saved, probabilities, videos, root, args):
     """The object of results.json of a classifier, but for the seconds."""
-    trained = saved["args"]
     return {
         "checkpoint": name,
         "stage": saved["stage"],
-        "init": trained["init"],
         "arch": saved["arch"],
-        "data": trained["data"],
+        **{key: saved["args"][key] for key in ("init", "data", "split", "percent", "seed")},
         "root": root,
-        "split": trained["split"],
-        "percent": trained["percent"],
         "labeled_count": len(saved["labeled"]),
-        "seed": trained["seed"],
         "epochs": saved["epoch"],
         "finished": saved["finished"],
         **accuracies(probabilities, videos),
@@ -262,7 +257,7 @@ def combine_on_test_videos(p_inv, p_dist, teachers, folder, videos, args, device
     p_inv, p_dist: {id: (C,)}. teachers: {name: content} of their checkpoints."""
     inv, dist = teachers.values()
     ids = list(p_inv)
-    if not ids or inv["labeled"] != dist["labeled"]:
+    if inv["labeled"] != dist["labeled"]:
         print0("no rows of both teachers: they were fine-tuned on different labelled videos")
         return {}
     scores = {"teachers, mean": torch.full((len(ids),), 0.5)}
@@ -286,7 +281,10 @@ def score_test_videos(ids, teachers, folder, videos, args, device):
         stage_1 = read_stage_1(saved, folder)
         settings = argparse.Namespace(**{**stage_1["args"], "workers": args.workers,
                                          "precision": args.precision})
-        embedder = load_embedder(stage_1, device)
+        embedder = Embedder(build_model(stage_1["arch"], len(stage_1["classes"])))
+        embedder.backbone.load_state_dict(stage_1["model"])
+        embedder.head.load_state_dict(stage_1["head"])
+        embedder.to(device, memory_format=torch.channels_last_3d)
         matrices.append(compare_clips(embedder, videos, settings, device))
     try:
         return score_videos(ids, *matrices)
@@ -309,21 +307,13 @@ def read_stage_1(saved, folder):
     raise UserError(f"{then}, from which a teacher was made, is not there or has changed")
 
 
-def load_embedder(saved, device):
-    """The backbone and projection head of a checkpoint of stage 1, in eval mode."""
-    embedder = Embedder(build_model(saved["arch"], len(saved["classes"])))
-    embedder.backbone.load_state_dict(saved["model"])
-    embedder.head.load_state_dict(saved["head"])
-    return embedder.to(device, memory_format=torch.channels_last_3d).eval()
-
-
 def class_probabilities(classifiers, videos, args, device, output, topk=1, show=None):
     """Softmax of classifiers, averaged over uniformly spaced clips and centre crops of the given
     shares of the short side (Sec. 4.2): {id: (classifiers, C)}, without unreadable videos.
 
     classifiers: {name: content} of checkpoints whose clips are alike. output: the file that gets
     the `topk` classes of each video as soon as they are known. show(id, {class: probability}):
-    called with them, of the first classifier."""
+    called with them."""
     models = [load_classifier(saved, device) for saved in classifiers.values()]
     trained = argparse.Namespace(**next(iter(classifiers.values()))["args"])
 
@@ -346,7 +336,7 @@ def class_probabilities(classifiers, videos, args, device, output, topk=1, show=
                 top = {videos.classes[j]: round(p[k, j].item(), 4) for j in best}
             for predicted, share in top.items():
                 lines.writerow([name, videos.names[i], c, predicted, share])
-            if show and k == 0:
+            if show:
                 show(i, top)
 
     with contextlib.suppress(OSError):

@@ -18,7 +18,6 @@ Writes: OUT/inv_ft.pt and OUT/dist_ft.pt, with a log each, and OUT/labeled.txt, 
 
 import argparse
 import math
-import os
 from pathlib import Path
 
 from common import (
@@ -52,7 +51,7 @@ def main(argv=None):
     for run in runs:
         next(run)
     rows = [f"{videos.names[i]} {videos.labels[i]}\n" for i in labeled]
-    write_text(os.path.join(args.out, "labeled.txt"), "".join(rows))
+    write_text(Path(args.out) / "labeled.txt", "".join(rows))
     for run in runs:
         next(run, None)
 
@@ -79,7 +78,7 @@ def finetune(args, saved, labeled, videos, device):
     pool = Pool(labeled, args.batch, cycle=True)
     steps = math.ceil(len(labeled) / args.batch)
     batches = Batches(videos, [pool], steps, args.frames, seed, args, device)
-    state = State("finetune", args, batches, made_from, labeled, passed_on, model=model,
+    state = State("finetune", args, batches, made_from, labeled, model=model,
                   optimizer=optimizer, scheduler=scheduler)
     yield
     if state.finished:
@@ -107,7 +106,7 @@ def finetune(args, saved, labeled, videos, device):
         if epoch >= args.warmup:
             scheduler.step(means["loss"])  # halves the learning rate on a plateau
 
-    state.finish()
+    state.finish(**passed_on)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ def main(argv=None):
     args, device, _ = start(parser, "pretrain_dist", argv)
     args.name = args.name or ("both" if args.invariant_weight else "dist")
     n = args.clips
-    time_steps = count_time_steps(args.arch, args.frames)
+    with torch.device("meta"):  # computes only shapes
+        f = build_model(args.arch, 1).features(torch.empty(1, 3, args.frames, 64, 64))
+    time_steps = f.shape[2]
     if time_steps % n:
         raise UserError(f"--frames {args.frames} leave {time_steps} time steps in the features of "
                         f"{args.arch}, which L_D2 cannot cut into --clips {n} equal slices: give "
@@ -79,18 +81,13 @@ def main(argv=None):
         warm_up(optimizer, args.lr, epoch, args.warmup)
         net.train()
         for batch in state.steps():
-            short = []  # of each video its n clips, under the first augmentation, then the second
-            long = []  # of each video the long clip that spans them, in as many frames as one has
-            short_rngs = []
-            long_rngs = []
-            for view in (0, 1):
-                for video, key in zip(batch.videos, batch.keys):
-                    short += video.split(args.frames)
-                    long.append(video[::n])
-                    rngs = [rng(seed, *key, view * (n + 1) + t) for t in range(n + 1)]
-                    short_rngs += rngs[:n]
-                    long_rngs.append(rngs[n])
-            rngs = short_rngs + long_rngs
+            # Of each video its n clips, and the long clip that spans them in as many frames as one
+            # has; all of them twice, for two augmentations.
+            short = [clip for video in batch.videos for clip in video.split(args.frames)] * 2
+            long = [video[::n] for video in batch.videos] * 2
+            views = [(*key, view * (n + 1)) for view in (0, 1) for key in batch.keys]
+            rngs = [rng(seed, *key, draw + t) for *key, draw in views for t in range(n)]
+            rngs += [rng(seed, *key, draw + n) for *key, draw in views]
             clips = augment_clips(short + long, args.size, rngs, flip=not args.no_flip)
             with autocast(args, device):
                 x = to_input(clips, embedder.backbone)
@@ -122,12 +119,6 @@ def main(argv=None):
             scheduler.step(means["loss"])  # halves the learning rate on a plateau
 
     state.finish(**matrices_for_tstr(embedder, videos, args, device))  # Algorithm 1, line 16
-
-
-def count_time_steps(arch, frames):
-    """T', the number of time steps in the features of a clip of `frames` frames."""
-    with torch.device("meta"):  # computes only shapes
-        return build_model(arch, 1).features(torch.empty(1, 3, frames, 64, 64)).shape[2]
 
 
 if __name__ == "__main__":

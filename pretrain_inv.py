@@ -69,12 +69,8 @@ def main(argv=None):
         warm_up(optimizer, args.lr, epoch, args.warmup)
         net.train()
         for batch in state.steps():
-            clips = []  # n of each video, concatenated
-            rngs = []  # each has its own augmentation
-            for video, key in zip(batch.videos, batch.keys):
-                for t, clip in enumerate(video.split(args.frames)):
-                    clips.append(clip)
-                    rngs.append(rng(seed, *key, t))
+            clips = [clip for video in batch.videos for clip in video.split(args.frames)]
+            rngs = [rng(seed, *key, t) for key in batch.keys for t in range(n)]  # one for each clip
             clips = augment_clips(clips, args.size, rngs, flip=not args.no_flip)
             with autocast(args, device):
                 z = net(to_input(clips, embedder.backbone))  # (own videos * n, 128)

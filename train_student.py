@@ -47,7 +47,8 @@ def main(argv=None):
         help="weight of the distillation loss, Eq. 2")
     add("--teacher-loss", choices=("l2", "kl", "js"), default="l2",
         help="distance between the teachers' and the student's predictions")
-    add("--reweight", type=weighting, default="tstr", metavar="{tstr,mean,W}",
+    add("--reweight", default="tstr", metavar="{tstr,mean,W}",
+        type=lambda text: text if text in ("tstr", "mean") else ranged(float, 0, 1)(text),
         help="weight of the invariant teacher (of the first, if both are of one kind): s of each "
         "video (tstr), 0.5 (mean) or a number W from 0 to 1")
     add("--name", default="student", help="write OUT/NAME.pt")
@@ -138,10 +139,6 @@ def teach(teachers, x, s):
         "clamped": ((s == 0) | (s == 1)).float().mean(),
         "agreement": (p_inv.argmax(1) == p_dist.argmax(1)).float().mean(),
     }
-
-
-def weighting(text):
-    return text if text in ("tstr", "mean") else ranged(float, 0, 1)(text)
 
 
 def weigh_videos(reweight, saved_teachers, names):

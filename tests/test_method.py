@@ -49,15 +49,10 @@ def test_float64_stays_and_all_other_precisions_become_float32(name):
 
 Z = torch.ones(3, 4, 8)
 FRAMES = torch.zeros(4, 20, 30, 3, dtype=torch.uint8)
-LONG = torch.zeros(2, 3, 8, 16, 16)
 
 
 def to_input(clips):
     return tb.to_input(clips, tb.build_model("r3d_tiny", 2))
-
-
-def embed(clips, **settings):
-    return tb.Embedder(tb.build_model("r3d_tiny", 2)).eval()(clips, **settings)
 
 
 def load(content):
@@ -74,9 +69,7 @@ def load(content):
     (tb.pairwise_cosine, [Z, Z[:1]], r"\(1, 4, 8\)"),
     (tb.clip_indices, [0, 4], "video of 0 frames"),
     (tb.clip_indices, [64, 16.0], "16.0 frames"),
-    (lambda: embed(LONG, num_long=1, slices=3), [], "2 time steps"),
     (load, [{"state_dict": {}}], "tensors of the network are missing"),
-    (tb.labeled_subset, [["a/1.avi", "b/2.avi"], [0, 1], 101], "101 per cent"),
 ])
 def test_other_inputs_are_refused(function, inputs, message):
     """Wrong shapes of the losses and of TSTR are in test_common.py."""
