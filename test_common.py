@@ -126,12 +126,6 @@ def test_equations_5_to_7_equal_loops():
 
 # ---- Networks, against public keys and numbers ---------------------------------------------------
 
-def hollow(build, *args, **settings):
-    """A network without weights."""
-    with torch.device("meta"):
-        return build(*args, **settings)
-
-
 def fill_by_formula(model):
     """Weights and statistics that anyone can compute, in eval mode."""
     for k, (name, w) in enumerate(model.state_dict().items()):
@@ -151,9 +145,9 @@ def fill_by_formula(model):
 class TestModels:
     def test_r3d_18_is_torchvision_s_but_for_time_in_layer4(self):
         model = fill_by_formula(tb.build_model("r3d_18", 7))
-        stock = hollow(torchvision.models.video.r3d_18, num_classes=7).eval()
+        stock = torchvision.models.video.r3d_18(num_classes=7).eval()
         assert list(model.state_dict()) == list(stock.state_dict())
-        stock.load_state_dict(model.state_dict(), assign=True)
+        stock.load_state_dict(model.state_dict())
         x = torch.randn(2, 3, 16, 48, 40)
         with torch.no_grad():
             logits = model(x)
@@ -164,22 +158,15 @@ class TestModels:
             shortcut.stride = (1, 2, 2)
             assert torch.allclose(logits, stock(x), atol=1e-5)
 
-    def test_slow_r50_has_pytorchvideo_s_tensors(self):
-        parameters = hollow(tb.build_model, "slow_r50", 400).parameters()
-        assert sum(p.numel() for p in parameters) == 32_454_096
-        tensors = hollow(tb.build_model, "slow_r50", 5).state_dict()
-        keys = list(tensors)
-        assert len(keys) == 320 and not any("res_blocks.1.branch1" in key for key in keys)
-        assert keys[-2:] == ["blocks.5.proj.weight", "blocks.5.proj.bias"]
-        for key, shape in {
-                "blocks.1.res_blocks.0.branch1_norm.weight": (256,),
-                "blocks.3.res_blocks.5.branch2.conv_a.weight": (256, 1024, 3, 1, 1),
-                "blocks.4.res_blocks.2.branch2.norm_c.num_batches_tracked": ()}.items():
-            assert tensors[key].shape == shape
-
-    def test_slow_r50_computes_what_pytorchvideo_s_does(self):
-        """The logits of pytorchvideo.models.hub.slow_r50 0.1.5, float64, its pool made adaptive."""
+    def test_slow_r50_is_pytorchvideo_s(self):
+        """Its keys, and the logits of pytorchvideo.models.hub.slow_r50 0.1.5, float64, its pool
+        made adaptive: they depend on the order and the shape of every tensor."""
         model = fill_by_formula(tb.build_model("slow_r50", 5))
+        keys = list(model.state_dict())
+        assert keys[-2:] == ["blocks.5.proj.weight", "blocks.5.proj.bias"]
+        assert {"blocks.1.res_blocks.0.branch1_norm.weight",
+                "blocks.3.res_blocks.5.branch2.conv_a.weight",
+                "blocks.4.res_blocks.2.branch2.norm_c.num_batches_tracked"} <= set(keys)
         x = torch.cos(torch.arange(3 * 8 * 64 * 64, dtype=torch.float64)).float()
         x = x.view(1, 3, 8, 64, 64)
         expected = [0.29953622, 0.08540572, -0.19857994, -0.23216664, -0.07341280]
@@ -216,11 +203,11 @@ def test_frames_are_those_of_a_full_decode(name, codec, options, tmp_path):
 NAMES = [f"c{c}/v{i}.avi" for c, count in enumerate((3, 40, 101)) for i in range(count)]
 
 
-def subset(percent, seed=0, order=slice(None)):
+def subset(percent=100, seed=0, per_class=None, order=slice(None)):
     """The names that labeled_subset chooses from NAMES."""
     names = NAMES[order]
     labels = np.array([int(name[1]) for name in names])
-    return {names[i] for i in tb.labeled_subset(names, labels, percent, seed)}
+    return {names[i] for i in tb.labeled_subset(names, labels, percent, seed, per_class)}
 
 
 @pytest.mark.parametrize("percent", [1, 5, 10, 50, 100])
@@ -234,6 +221,8 @@ def test_labelled_subset_has_its_share_of_each_class(percent):
 def test_labelled_subsets_are_nested_and_depend_on_the_seed():
     assert subset(1) < subset(5) < subset(10) < subset(50) < subset(100) == set(NAMES)
     assert subset(5) != subset(5, seed=1)
+    few = sorted(subset(per_class=5))  # two classes have as many videos, the first only three
+    assert [name[1] for name in few] == [*"0001111122222"] and set(few) < subset(per_class=9)
     assert tb.labeled_subset(["u/1.avi"], [-1], 100).tolist() == []  # no class
 
 
@@ -315,11 +304,7 @@ class TestChain:
     def test_every_classifier_is_evaluated(self, chain):
         results = read_results(chain)
         assert [r["checkpoint"] for r in results] == EVALUATED
-        for r in results:
-            assert r["videos"] == 8 and r["labeled_count"] == 8
-            assert 0 <= r["top1"] <= r["top5"] <= 100
-            # one test video a class
-            assert r["top1"] == pytest.approx(np.mean(list(r["per_class"].values())))
+        assert all(r["videos"] == 8 and r["labeled_count"] == 8 for r in results)
 
     def test_label_firewall(self, chain, toy, tmp_path):
         """Stages see the labels of the labelled videos alone. All other videos move to another

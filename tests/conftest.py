@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_common import (  # noqa: fixtures, too; before torch, whose threads it settles
-    CHECKPOINTS, STAGES, chain, load, read_log, same, stage_argv, toy)
+    CHECKPOINTS, STAGES, chain, load, read_log, run_stage, same, stage_argv, toy)
 
 import av
 import numpy as np
@@ -79,13 +79,11 @@ def earlier_checkpoints(chain, out, stage):
         shutil.copy(chain / f"{name}.pt", out)
 
 
-def first_step(stage, root, out, *flags, main=None):
+def first_step(stage, root, out, *flags):
     """Run a stage of one step -> by name its loss terms, its gradients, to a factor, and what
-    BatchNorm counts; main: in the place of the stage's."""
-    out.mkdir(parents=True, exist_ok=True)
+    BatchNorm counts."""
     one_step = ["--epochs", 1, "--batch", {"labeled_only": 8, "student": 16}.get(stage, 24)]
-    argv = stage_argv(stage, root, out, *one_step, "--restart", *flags)
-    (main or STAGES[stage][0].main)(argv)
+    run_stage(stage, root, out, *one_step, "--restart", *flags)
     saved = load(out, stage)
     found = {}
     for key, value in read_log(out, stage)[-1].items():
@@ -97,15 +95,6 @@ def first_step(stage, root, out, *flags, main=None):
         if "running" in name or "batches" in name:
             found[f"{len(found)} {name}"] = buffer
     return found
-
-
-def assert_same_step(one, other):
-    """The same first_step() but for the order of sums, in float64."""
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        scale = float(value.abs().max())
-        close = torch.allclose(value, other[name], rtol=1e-6, atol=1e-9 * (scale + 1))
-        assert scale > 0 and close, name
 
 
 # ---- Videos --------------------------------------------------------------------------------------
@@ -123,26 +112,25 @@ def moving_frames(count, height=48, width=64, seed=0):
     return frames
 
 
-def write_video(path, frames, codec="mpeg4", pix_fmt="yuv420p", options=None, pts=None, rotation=0,
-                cover=False, extra=(), before=()):
-    """Encode RGB frames. before, extra: more streams, as (codec, frames), in front or behind."""
+def write_video(path, frames, codec="mpeg4", pix_fmt="yuv420p", options=None, pts=None, extra=(),
+                before=(), marks=()):
+    """Encode RGB frames. before, extra: more streams, as (codec, frames), in front or behind.
+    marks: the streams' dispositions."""
     flags = {"movflags": "+faststart"} if str(path).endswith("mp4") else {}
     with av.open(str(path), "w", options=flags) as container:
         def add(codec, frames):
-            if codec in ("aac", "mp2", "libopus"):
+            if codec == "aac":
                 return container.add_stream(codec, rate=48000)
             stream = container.add_stream(codec, rate=25,
                                           options={"threads": "1", **(options or {})})
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = pix_fmt
-            if cover:
-                stream.disposition = av.stream.Disposition.attached_pic.value
-            if rotation:
-                stream.set_display_rotation(rotation)
             return stream
 
         contents = [*before, (codec, frames), *extra]
         streams = [add(*content) for content in contents]  # all of them before the first packet
+        for stream, mark in zip(streams, marks):
+            stream.disposition = mark.value
         for stream, (_, content) in zip(streams, contents):
             if stream.type == "audio":
                 for k in range(40):
@@ -181,13 +169,17 @@ def smooth_clips(count):
 
 # ---- Checkpoints, and runs that are killed -------------------------------------------------------
 
-def assert_same_checkpoints(a, b, names=CHECKPOINTS, but=("args", "log")):
-    for name in names:
-        x = load(a, name)
-        y = load(b, name)
-        assert x.keys() == y.keys()
-        for key in x.keys() - set(but):
-            assert same(x[key], y[key]), (name, key)
+def assert_same_run(a, b, name):
+    """The same checkpoint, and the same numbers of each epoch in the log, none of them twice."""
+    x = load(a, name)
+    y = load(b, name)
+    assert x.keys() == y.keys()
+    for key in x.keys() - {"args", "log"}:
+        assert same(x[key], y[key]), key
+    timed = {"seconds", "clips_per_s", "waiting_share", "memory_gib"}
+    logs = [[{k: v for k, v in line.items() if k not in timed} for line in read_log(folder, name)]
+            for folder in (a, b)]
+    assert logs[0][1:] == logs[1][1:]  # the first line is the command
 
 
 def die(moment, count, program, *argv):

@@ -70,13 +70,6 @@ def test_official_splits(data, split, in_train, in_test, official):
     assert set(train.names) <= everything and not everything & set(test.names)
 
 
-def test_as_many_labels_of_each_class():
-    labels = np.repeat([0, 1, 2], [3, 40, 101])
-    names = [f"{k}.avi" for k in range(144)]
-    few, more = (set(tb.labeled_subset(names, labels, per_class=n)) for n in (5, 9))
-    assert np.bincount(labels[list(few)]).tolist() == [3, 5, 5] and few < more
-
-
 def test_the_table_of_label_protocols_counts_what_is_there(official, real_data):
     """The row of docs/differences.md has these counts, and the ranges over classes."""
     rows = [line for line in (HERE / "docs/differences.md").read_text().splitlines()
@@ -205,20 +198,16 @@ def test_classes_are_first_folders_and_what_is_left_out_is_counted_unless_hidden
     train, warning = warned(tb.read_videos, "folder", mine, True)
     assert train.names == NAMES_OF_MINE and not warning
     assert train.classes == ["a a", "b"] and train.labels.tolist() == [0, 1, 1, -1, -1]
-    stand_in(mine, ["train/aa/1.srt", "train/loose.mp4", "train/b/1.SRT", "test/c/5.mp4"])
-    train, (files, loose) = warned(tb.read_videos, "folder", mine, True)
+    stand_in(mine, ["train/aa/1.srt", "train/loose.mp4", "train/b/1.SRT", "test/c/5.mp4",
+                    "unlabelled/deep/x.mp4", "runs/inv.log", ".cache/y.mp4", "loose.mp4"])
+    train, (files, loose, folder) = warned(tb.read_videos, "folder", mine, True)
     assert train.names == NAMES_OF_MINE and train.classes == ["a a", "b"]
     assert files == f"{mine}/train: 2 files of other endings left out: .SRT, .srt"
     assert loose == f"1 videos are in no class of train/, such as {mine}/train/loose.mp4: ignored"
+    assert folder == f"{mine}/unlabelled is not read: only train/, test/ and unlabeled/ are"
     test, (_, unknown) = warned(tb.read_videos, "folder", mine, False)
     assert test.names == ["test/b/3.webm"] and test.labels.tolist() == [1]
     assert test.classes == train.classes and f"{mine}/test/c/5.mp4" in unknown
-
-
-def test_a_folder_that_is_not_read_is_named(mine):
-    stand_in(mine, ["unlabelled/deep/x.mp4", "runs/inv.log", ".cache/y.mp4", "loose.mp4"])
-    _, [warning] = warned(tb.read_videos, "folder", mine, True)
-    assert warning == f"{mine}/unlabelled is not read: only train/, test/ and unlabeled/ are"
 
 
 def test_test_videos_among_the_training_videos_are_counted(mine):

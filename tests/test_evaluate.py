@@ -19,7 +19,7 @@ import torch
 import common as tb
 import evaluate
 from docs.study import draw, intervals, unlabeled, weight
-from test_common import EVALUATE, EVALUATED, HERE, load, read_results, run_stage, same
+from test_common import EVALUATE, HERE, load, read_results, run_stage, same
 from train_student import find_moved, weigh_videos
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def read_predictions(path):
 # ---- The table, results.json and predictions.csv -------------------------------------------------
 
 def test_two_classes_of_which_one_is_never_recognised(toy, tmp_path, capsys):
-    """One of ten test videos cannot be decoded."""
+    """One of ten test videos cannot be decoded; two are too many."""
     make_folder(tmp_path / "data", toy, {"a": 6, "b, c": 4})
     (tmp_path / "data/test/b, c/1.avi").write_text("broken")
     run = tmp_path / "run"
@@ -109,10 +109,15 @@ def test_two_classes_of_which_one_is_never_recognised(toy, tmp_path, capsys):
         "labeled_count": 1, "seed": 0, "epochs": 7, "finished": True, "right": 6, "top1": 60,
         "top5": 90, "mean_class_accuracy": 50, "videos": 10, "unreadable": 1,
          "per_class": {"a": 100, "b, c": 0}, "clips": 2, "scales": [1, 0.8, 0.7]}
+    (tmp_path / "data/test/a/0.avi").write_text("broken")
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main([str(run), *EVALUATE])
+    assert "2 of 10 test videos cannot be decoded" in capsys.readouterr().err
 
 
 def test_six_classes_have_top_5_and_runs_have_means(toy, tmp_path, capsys):
-    """The baseline comes first, students last; the worst classes are those of student.pt."""
+    """The baseline comes first, students last; the worst classes are those of student.pt. Means are
+    over runs of as many labels."""
     make_folder(tmp_path / "data", toy, dict.fromkeys("abcdef", 1) | {"b": 3})
     for run, order, names in [
             ("1", "abcdef", ["labeled_only.pt", "student.pt", "student_x.pt", "x_ft.pt"]),
@@ -120,7 +125,8 @@ def test_six_classes_have_top_5_and_runs_have_means(toy, tmp_path, capsys):
         for name in names:
             save_classifier(tmp_path / run / name, tmp_path / "data", order,
                             stage="student" if "student" in name else "finetune",
-                            finished=name != "x_ft.pt", epoch=3)
+                            finished=name != "x_ft.pt", epoch=3,
+                            labeled=["1", "2"] if (run, name) == ("2", "x_ft.pt") else [run])
     evaluate.main([str(tmp_path / "1"), str(tmp_path / "2"), *EVALUATE])
     first, second, means = re.split(r"\n\n", capsys.readouterr().out.strip())
     names = [line.split("|")[1].strip() for line in first.splitlines() if line.startswith("|")][2:]
@@ -133,20 +139,11 @@ def test_six_classes_have_top_5_and_runs_have_means(toy, tmp_path, capsys):
     assert cells(means, "student.pt")[1:] == [
         *settings, "2", "25.0 ± 17.7", "87.5 ± 0.0", "16.7 ± 0.0"]
     assert cells(means, "student_x.pt")[1:6] == [*settings, "1", "12.5 ± 0.0"]
-
-
-def test_means_are_over_runs_that_agree(toy, tmp_path, capsys):
-    make_folder(tmp_path / "data", toy, dict.fromkeys("ab", 1))
-    for run, labeled in enumerate([["x"], ["y"], ["x", "y"]]):
-        save_classifier(tmp_path / f"{run}/student.pt", tmp_path / "data", stage="student",
-                        labeled=labeled)
-    evaluate.main([*(str(tmp_path / run) for run in "012"), *EVALUATE])
-    means = capsys.readouterr().out.split("mean ± standard deviation")[1]
-    rows = [line.split("|")[1:6] for line in means.splitlines() if "student.pt" in line]
-    assert [[int(cell) for cell in row[3:]] for row in rows] == [[1, 2], [2, 1]]
+    assert cells(means, "x_ft.pt")[3:5] == ["2", "1"]  # labels, runs
 
 
 def test_how_often_the_teachers_agree_is_printed(toy, tmp_path, capsys):
+    """Their rows go with them."""
     make_folder(tmp_path / "data", toy, dict.fromkeys("ab", 1))
     for name, order in {"inv_ft": "ab", "dist_ft": "ba"}.items():
         save_classifier(tmp_path / f"{name}.pt", tmp_path / "data", order,
@@ -154,34 +151,24 @@ def test_how_often_the_teachers_agree_is_printed(toy, tmp_path, capsys):
     evaluate.main([str(tmp_path), *EVALUATE])
     printed = capsys.readouterr().out
     assert "both teachers predict the same class for 0.0 % of the test videos" in printed
+    names = [[r["checkpoint"] for r in read_results(tmp_path)]]
     save_classifier(tmp_path / "inv_ft.pt", tmp_path / "data", labeled=["another"])
     evaluate.main([str(tmp_path), *EVALUATE])
     assert "fine-tuned on different labelled videos" in capsys.readouterr().out
-    assert "no row for TSTR: gone/inv.pt, from which a teacher was made" in printed
+    names.append([r["checkpoint"] for r in read_results(tmp_path)])
+    assert names == [["dist_ft.pt", "inv_ft.pt", *more] for more in (["teachers, mean"], [])]
 
 
-def test_rows_of_other_settings_stay(classifier, tmp_path, capsys):
-    for flags in (["--clips", "1"], ["--clips", "2"], ["--clips", "1"]):
-        evaluate.main([str(classifier), *EVALUATE[2:], *flags])
-    assert [(r["checkpoint"], r["clips"]) for r in read_results(tmp_path)] == [
-        ("student.pt", 2), ("student.pt", 1)]
-
-
-def test_two_run_folders_share_an_output(classifier, tmp_path):
+def test_rows_of_other_folders_and_settings_stay(classifier, tmp_path):
+    """Where two run folders share an output."""
     (tmp_path / "other").mkdir()
     shutil.copy(classifier, tmp_path / "other")
-    for run in (tmp_path, tmp_path / "other", tmp_path):
-        evaluate.main([str(run / "student.pt"), "--output", str(tmp_path / "out"), *EVALUATE])
-    assert [r["folder"] for r in read_results(tmp_path / "out")] == [
-        str(tmp_path / "other"), str(tmp_path)]
-
-
-def test_more_than_a_tenth_that_cannot_be_decoded_stops_the_evaluation(classifier, tmp_path,
-                                                                       capsys):
-    (tmp_path / "data/test/a/0.avi").write_text("broken")
-    with pytest.raises(SystemExit, match="2"):
-        evaluate.main([str(classifier), *EVALUATE])
-    assert "1 of 3 test videos cannot be decoded" in capsys.readouterr().err
+    one, other = str(tmp_path), str(tmp_path / "other")
+    for run, clips in [(one, 1), (other, 1), (one, 2), (one, 1)]:
+        evaluate.main([f"{run}/student.pt", "--output", f"{one}/out", *EVALUATE[2:], "--clips",
+                       str(clips)])
+    assert [(r["folder"], r["clips"]) for r in read_results(tmp_path / "out")] == [
+        (other, 1), (one, 2), (one, 1)]
 
 
 def test_other_files_of_a_run_folder_are_passed_over(classifier, toy, tmp_path, capsys):
@@ -280,11 +267,14 @@ def test_teachers_are_combined_by_the_similarity_of_the_test_video(chain, toy, t
         assert rows["teachers, TSTR"][i].allclose(s * p[0, i] + (1 - s) * p[1, i], atol=1e-4)
 
 
-def test_stage_3_refuses_teachers_with_different_clips(chain):
+def test_stage_3_counts_videos_without_a_similarity_and_refuses_other_clips(chain, capsys):
     teachers = {name: load(chain, name) for name in ("inv_ft", "dist_ft")}
+    names = [*teachers["inv_ft"]["similarity_names"], "added/since.avi"]
+    assert weigh_videos("tstr", teachers, names)[-1] == 0.5
+    assert "1 of 25 videos have no similarity from stage 1 (added since" in capsys.readouterr().out
     teachers["dist_ft"]["similarity"] = torch.ones(24, 3, 3)
     with pytest.raises(tb.UserError, match="other --clips"):
-        weigh_videos("tstr", teachers, teachers["inv_ft"]["similarity_names"])
+        weigh_videos("tstr", teachers, names)
 
 
 def test_tstr_knows_a_teacher_by_its_stage_1(chain, toy, tmp_path, capsys, complaint):
@@ -321,16 +311,6 @@ def test_evaluation_knows_teachers_by_their_stage_1_too(chain, tmp_path, capsys)
     assert "note: dist_ft.pt has changed since student.pt was made" in capsys.readouterr().out
 
 
-def test_teachers_rows_go_with_the_teachers(chain, tmp_path):
-    shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
-    saved = load(chain, "dist_ft")
-    torch.save({**saved, "labeled": saved["labeled"][1:]}, tmp_path / "dist_ft.pt")
-    assert [r["checkpoint"] for r in read_results(tmp_path)] == EVALUATED
-    evaluate.main([str(tmp_path), *EVALUATE])
-    assert [r["checkpoint"] for r in read_results(tmp_path)] == [
-        name for name in EVALUATED if "teachers" not in name]
-
-
 @pytest.mark.parametrize("content", ["null", "[1]", '{"a": 1}', "[{"])
 def test_a_damaged_file_of_results_stays(content, classifier, tmp_path, complaint):
     (tmp_path / "results.json").write_text(content)
@@ -340,16 +320,16 @@ def test_a_damaged_file_of_results_stays(content, classifier, tmp_path, complain
 
 # ---- Prediction ----------------------------------------------------------------------------------
 
-def test_prediction_of_one_s_own_videos(classifier, toy, tmp_path, monkeypatch, capsys):
-    """By a classifier that is unfinished."""
+def test_prediction_of_one_s_own_videos(classifier, toy, tmp_path, monkeypatch, capsys, complaint):
+    """By a classifier that is unfinished. If none can be decoded, it ends in 1."""
     monkeypatch.chdir(tmp_path)
     save_classifier(classifier, tmp_path / "data", stage="student", finished=False, epoch=3)
     names = [tb.read_videos("toy", toy, False).path(0), "clips/deep/a: #1, é.avi", "clips/z.avi"]
     os.makedirs("clips/deep")
     shutil.copy(names[0], names[1])
     (tmp_path / names[2]).write_text("broken")
-    evaluate.main(["--videos", names[0], "clips", "--checkpoint", str(tmp_path), "--topk", "2",
-                   "--output", "new", *EVALUATE])
+    flags = ["--checkpoint", str(tmp_path), "--topk", "2", "--output", "new", *EVALUATE]
+    evaluate.main(["--videos", names[0], "clips", *flags])
     printed = capsys.readouterr()
     assert printed.out.splitlines() == [
         f"note: {classifier} is unfinished (epoch 3 of 7)",
@@ -359,6 +339,7 @@ def test_prediction_of_one_s_own_videos(classifier, toy, tmp_path, monkeypatch, 
         *(["student.pt", name, "", *top]
           for name in names[:2] for top in (["a", "0.6652"], ["b", "0.2447"])),
         ["student.pt", names[2], "", "cannot be decoded", ""]]
+    assert names[2] in complaint(evaluate.main, ["--videos", names[2], *flags], status=1)
 
 
 def test_each_video_is_printed_as_soon_as_it_is_done(classifier, toy, tmp_path):
@@ -376,12 +357,6 @@ def test_each_video_is_printed_as_soon_as_it_is_done(classifier, toy, tmp_path):
         process.kill()
     assert line.startswith(f"{videos[0]}: a 66.5 %")
     assert [row[1] for row in rows] == [videos[0]] * 3
-
-
-def test_nothing_that_can_be_decoded_ends_in_1(classifier, tmp_path, complaint):
-    (tmp_path / "z.avi").write_text("broken")
-    flags = ["--videos", str(tmp_path / "z.avi"), "--checkpoint", str(classifier), *EVALUATE]
-    assert "z.avi" in complaint(evaluate.main, flags, status=1)
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -17,21 +17,6 @@ from conftest import die
 from test_common import EVALUATE, HERE, load, read_log, read_results, run_stage, same, stage_argv
 
 
-def torchrun(*command, flags=("--standalone", "--nproc-per-node=2")):
-    """Run a command in two processes, or in those that the flags say."""
-    command = [sys.executable, "-m", "torch.distributed.run", *flags, *map(str, command)]
-    return subprocess.run(command, cwd=HERE, text=True, capture_output=True, timeout=150)
-
-
-def end(done):
-    """Its exit status and the last of what it has written to stderr."""
-    return done.returncode, done.stderr[-5000:]
-
-
-def succeeds(done):
-    assert done.returncode == 0, done.stderr[-5000:]
-
-
 def run_in_two(main, *argv, nodes=1, max_restarts=0):
     """Call main(*argv) in two processes, on one node or on two -> the nodes' exit statuses.
 
@@ -56,7 +41,9 @@ def run_in_two(main, *argv, nodes=1, max_restarts=0):
 def whole(toy, tmp_path_factory):
     """The folder of stage 1 in two processes, undisturbed."""
     out = tmp_path_factory.mktemp("whole")
-    succeeds(torchrun("pretrain_inv.py", *stage_argv("inv", toy, out)))
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc-per-node=2", "pretrain_inv.py", *stage_argv("inv", toy, out)],
+                   cwd=HERE, check=True, timeout=150)
     return out
 
 

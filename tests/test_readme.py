@@ -6,13 +6,12 @@ import importlib
 import io
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
 import common as tb
+from test_common import HERE
 
-HERE = Path(__file__).resolve().parents[1]
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").rglob("*.md"))]
 STAGES = ["pretrain_inv.py", "pretrain_dist.py", "finetune.py", "train_student.py", "evaluate.py"]
 STUDY = ["draw", "intervals", "unlabeled", "weight"]

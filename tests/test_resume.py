@@ -10,17 +10,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import common as tb
-from conftest import assert_same_checkpoints, contents, earlier_checkpoints, run_and_kill
-from test_common import load, read_log, run_stage
-
-
-def assert_same_run(chain, out, name):
-    """The same checkpoint, and the same numbers of each epoch in the log, none of them twice."""
-    assert_same_checkpoints(chain, out, [name])
-    timed = {"seconds", "clips_per_s", "waiting_share"}
-    logs = [[{k: v for k, v in line.items() if k not in timed} for line in read_log(folder, name)]
-            for folder in (chain, out)]
-    assert logs[0][1:] == logs[1][1:]  # the first line is the command
+from conftest import assert_same_run, contents, earlier_checkpoints, run_and_kill
+from test_common import load, run_stage
 
 
 @pytest.mark.parametrize("stage, name, steps, flags, stands", [
@@ -55,22 +46,6 @@ def test_kills_again_and_again(stage, moment, count, chain, toy, tmp_path):
     assert_same_run(chain, tmp_path, stage)
 
 
-def test_ctrl_c_costs_one_line(toy, tmp_path, complaint, request):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    request.addfinalizer(register_optimizer_step_post_hook(interrupt).remove)
-    error = complaint(run_stage, "labeled_only", toy, tmp_path, status=1)
-    assert "the same command, without --restart, goes on" in error
-
-
-def test_a_finished_stage_changes_nothing(chain, toy, tmp_path, capsys):
-    shutil.copy(chain / "inv.pt", tmp_path)
-    run_stage("inv", toy, tmp_path)
-    assert "finished at epoch 2" in capsys.readouterr().out
-    assert (tmp_path / "inv.pt").read_bytes() == (chain / "inv.pt").read_bytes()
-
-
 def test_a_finished_stage_takes_more_epochs(toy, tmp_path):
     for epochs in (2, 3):  # of two steps each: of so few none has frozen weights
         run_stage("labeled_only", toy, tmp_path, "--epochs", epochs)
@@ -88,19 +63,14 @@ def test_other_arguments_are_refused_with_both_values(stage, flags, words, chain
     assert all(word in error.replace(str(tmp_path), "") for word in words.split()), error
 
 
-def shift_weights(path):
-    saved = torch.load(path)
-    for weight in saved["model"].values():
-        weight += 1
-    torch.save(saved, path)
-
-
 @pytest.mark.parametrize("stage, name, begun", [
     ("ft", "inv", "inv_ft"), ("student", "inv_ft", "student"), ("student", "dist", "student")])
 def test_what_a_run_was_made_from_has_changed(stage, name, begun, chain, toy, tmp_path, complaint):
     """As after more --epochs of an earlier stage; or what was finished would stay as it is."""
     shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
-    shift_weights(tmp_path / f"{name}.pt")
+    saved = load(chain, name)
+    saved["model"]["layer4.0.conv2.0.weight"] += 1
+    torch.save(saved, tmp_path / f"{name}.pt")
     before = contents(tmp_path)
     line = f"{name}.pt has changed since {tmp_path}/{begun}.pt was begun: --restart"
     assert line in complaint(run_stage, stage, toy, tmp_path)
@@ -127,10 +97,12 @@ def test_a_refused_command_changes_no_file(chain, toy, tmp_path, complaint):
 
 def test_other_videos_under_the_same_names_are_noticed_and_a_moved_set_is_not(
         chain, toy, tmp_path, complaint, capsys):
+    """A finished stage changes nothing then."""
     shutil.copy(chain / "inv.pt", tmp_path)
     shutil.copytree(toy, tmp_path / "toy")
     run_stage("inv", tmp_path / "toy", tmp_path)
     assert "finished at epoch 2" in capsys.readouterr().out
+    assert (tmp_path / "inv.pt").read_bytes() == (chain / "inv.pt").read_bytes()
     saved = load(chain, "inv_ft")
     torch.save({**saved, "made_from": {**saved["made_from"], "the set of labelled videos": "0"}},
                tmp_path / "inv_ft.pt")
@@ -185,25 +157,6 @@ def test_a_restarted_run_is_the_one_that_goes_on(chain, toy, tmp_path, complaint
     assert (tmp_path / "inv.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("flags", [["--restart"], []])
-def test_a_run_does_not_start_from_its_own_file(flags, chain, toy, tmp_path, monkeypatch,
-                                                complaint):
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(chain / "inv.pt", tmp_path)
-    assert "is the file that this run writes" in complaint(
-        run_stage, "inv", toy, tmp_path, "--init", "inv.pt", *flags)
-    assert (tmp_path / "inv.pt").read_bytes() == (chain / "inv.pt").read_bytes()
-
-
-def test_a_checkpoint_of_older_code_is_one_line(chain, toy, tmp_path, complaint):
-    saved = load(chain, "inv")
-    del saved["made_from"]
-    torch.save(saved, tmp_path / "inv.pt")
-    for stage in ("inv", "ft"):
-        error = complaint(run_stage, stage, toy, tmp_path)
-        assert f"{tmp_path}/inv.pt: made by another version of this code" in error
-
-
 class Malicious:
     """Makes a folder as soon as a checkpoint that holds it is unpickled."""
 
@@ -211,21 +164,24 @@ class Malicious:
         return os.mkdir, ("touched",)
 
 
-@pytest.mark.parametrize("what", ["another stage's", "truncated", "malicious", "other videos'"])
-def test_a_checkpoint_to_which_the_command_does_not_fit_is_refused(what, chain, toy, tmp_path,
-                                                                  monkeypatch, complaint):
+@pytest.mark.parametrize("what, reason", [
+    ("another stage's", "a checkpoint of student"), ("truncated", "damaged"),
+    ("malicious", "damaged"), ("older code's", "made by another version of this code")])
+def test_a_checkpoint_to_which_the_command_does_not_fit_is_refused(what, reason, chain, toy,
+                                                                  tmp_path, monkeypatch, complaint):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(toy, tmp_path / "toy")
     path = tmp_path / "inv.pt"
-    content = (chain / ("student.pt" if what == "another stage's" else "inv.pt")).read_bytes()
-    path.write_bytes(content[:5000] if what == "truncated" else content)
+    saved = load(chain, "student" if what == "another stage's" else "inv")
     if what == "malicious":
-        torch.save({**load(chain, "inv"), "extra": Malicious()}, path)
-    if what == "other videos'":
-        listed = tmp_path / "toy/ucfTrainTestlist/trainlist01.txt"
-        listed.write_text("".join(listed.read_text().splitlines(keepends=True)[:-1]))
+        saved["extra"] = Malicious()
+    elif what == "older code's":
+        del saved["made_from"]
+    torch.save(saved, path)
+    if what == "truncated":
+        os.truncate(path, 5000)
     before = path.read_bytes()
-    assert "inv.pt" in complaint(run_stage, "inv", tmp_path / "toy", tmp_path)
+    error = complaint(run_stage, "inv", toy, tmp_path)
+    assert error.startswith(f"pretrain_inv.py: {path}") and reason in error
     assert path.read_bytes() == before and not (tmp_path / "touched").exists()
 
 
