@@ -62,6 +62,27 @@ def test_no_two_clips_share_their_draws(toy, three_epochs):
     assert batches(toy, 11, seed=1)[0][0].ids != three_epochs[11][0].ids
 
 
+@pytest.mark.parametrize("stage", ["inv", "dist", "labeled_only", "student"])
+def test_each_clip_has_its_own_augmentation(stage, chain, toy, tmp_path, monkeypatch):
+    """In all steps and epochs; in stage 1b the same clips have two, and so have the long ones."""
+    earlier_checkpoints(chain, tmp_path, stage)
+    draws = []
+
+    def noted(clips, size, rngs, *settings, **strength):
+        draws.extend(rng.bit_generator.state["state"]["state"] for rng in rngs)
+        if stage == "dist":
+            short, short_aug, long, long_aug = (torch.stack(part) for part in (
+                clips[:8], clips[8:16], clips[16:20], clips[20:]))
+            assert torch.equal(short, short_aug) and torch.equal(long, long_aug)
+            assert torch.equal(long, short.unflatten(0, (4, 2)).flatten(1, 2)[:, ::2])
+        return tb.augment_clips(clips, size, rngs, *settings, **strength)
+
+    monkeypatch.setattr(STAGES[stage][0], "augment_clips", noted)
+    run_stage(stage, toy, tmp_path)
+    count = {"inv": 2 * 24 * 2, "dist": 2 * 24 * 6, "labeled_only": 2 * 8, "student": 2 * 32}[stage]
+    assert len(draws) == len(set(draws)) == count
+
+
 def break_videos(toy, folder, ids):
     """Copy the toy videos, but make some of the training videos unreadable -> their paths."""
     shutil.copytree(toy, folder)
@@ -128,6 +149,71 @@ def test_a_line_is_in_the_file_at_once(tmp_path, monkeypatch):
         monkeypatch.setattr("sys.stdout", file)
         tb.print0("epoch 1")
         assert (tmp_path / "out.txt").read_text() == "epoch 1\n"
+
+
+@pytest.mark.parametrize("stage, flags", [
+    ("inv", []), ("dist", []), ("dist", ["--invariant-weight", 2, "--name", "dist"]),
+    ("labeled_only", []), ("student", ["--omega", 3])])
+def test_the_first_step_is_the_paper_s(stage, flags, chain, toy, tmp_path, monkeypatch):
+    """Loss terms and gradients, from the clips of the step and the initial weights; n = 2. That the
+    losses of stage 1 are the paper's is in test_common.py."""
+    earlier_checkpoints(chain, tmp_path, stage)
+    step = {}
+    stream = tb.Batches.stream
+
+    def note_ids(*args):
+        for batch in stream(*args):
+            step["ids"] = batch.ids
+            yield batch
+
+    def note_clips(*args, **strength):
+        step["clips"] = tb.augment_clips(*args, **strength)
+        return step["clips"]
+
+    monkeypatch.setattr(tb.Batches, "stream", note_ids)
+    monkeypatch.setattr(STAGES[stage][0], "augment_clips", note_clips)
+    found = first_step(stage, toy, tmp_path, *flags)
+    torch.manual_seed(tb.seed_of(load(tmp_path, stage)["stage"], 0))
+    net = model = tb.build_model("r3d_tiny", 8)
+    x = tb.to_input(step["clips"], model)
+    if stage in ("inv", "dist"):
+        net = tb.Embedder(model)
+    else:
+        if stage == "student":
+            tb.start_from(model, "dist.pt", load(chain, "dist"))
+        p = model(x).softmax(1)
+        labels = torch.tensor(tb.read_videos("toy", toy, True).labels[step["ids"]])
+        log_p = p[range(len(p)), labels].log()
+    terms = {}
+    if stage == "inv":
+        loss = tb.invariant_loss(net(x).view(24, 2, 128))
+    elif stage == "dist":
+        z, z_aug, g, g_aug = net(x, num_long=48, slices=2).view(4, 24, 2, 128)
+        terms["l_d1"] = tb.distinctive_loss(z, z_aug)
+        terms["l_d2"] = sum(tb.unpooled_distinctive_loss(clips, slices)
+                            for clips in (z, z_aug) for slices in (g, g_aug)) / 4
+        loss = terms["l_d1"] + terms["l_d2"]
+        if flags:
+            terms["l_i"] = tb.invariant_loss(z)
+            loss = loss + 2 * terms["l_i"]
+    elif stage == "labeled_only":
+        loss = -log_p.mean()
+    else:
+        saved = [load(chain, name) for name in ("inv_ft", "dist_ft")]
+        with torch.no_grad():
+            p_inv, p_dist = (tb.load_classifier(each, x.device)(x).softmax(1) for each in saved)
+        s = sum(each["similarity"][step["ids"], 0, 1] for each in saved) / 2
+        s = s.clamp(0, 1)[:, None]
+        distances = (s * p_inv + (1 - s) * p_dist - p).square().sum(1)
+        terms["l_sup"] = -log_p[16:].mean()
+        terms["l_unsup"], terms["l_unsup_labeled"] = distances.view(2, 16).mean(1)
+        loss = terms["l_sup"] + 3 * (terms["l_unsup"] + 0.5 * terms["l_unsup_labeled"])
+    for name, value in {"loss": loss, **terms}.items():
+        assert found[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+    trained = [w for w in net.parameters() if w.requires_grad]
+    for i, gradient in enumerate(torch.autograd.grad(loss, trained)):
+        scale = float(gradient.abs().max())
+        assert torch.allclose(10 * found[f"gradient {i}"], gradient, rtol=0.01, atol=0.01 * scale), i
 
 
 def test_stage_3_logs_accuracy_and_loss_terms(chain):
