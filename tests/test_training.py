@@ -212,8 +212,8 @@ def test_the_first_step_is_the_paper_s(stage, flags, chain, toy, tmp_path, monke
         assert found[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
     trained = [w for w in net.parameters() if w.requires_grad]
     for i, gradient in enumerate(torch.autograd.grad(loss, trained)):
-        scale = float(gradient.abs().max())
-        assert torch.allclose(10 * found[f"gradient {i}"], gradient, rtol=0.01, atol=0.01 * scale), i
+        limit = 0.01 * float(gradient.abs().max())
+        assert torch.allclose(10 * found[f"gradient {i}"], gradient, rtol=0.01, atol=limit), i
 
 
 def test_stage_3_logs_accuracy_and_loss_terms(chain):
