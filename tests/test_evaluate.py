@@ -267,11 +267,15 @@ def test_teachers_are_combined_by_the_similarity_of_the_test_video(chain, toy, t
         assert rows["teachers, TSTR"][i].allclose(s * p[0, i] + (1 - s) * p[1, i], atol=1e-4)
 
 
-def test_stage_3_counts_videos_without_a_similarity_and_refuses_other_clips(chain, capsys):
+def test_the_weights_of_stage_3(chain, capsys):
+    """Videos without a similarity are counted, teachers of other clips refused."""
     teachers = {name: load(chain, name) for name in ("inv_ft", "dist_ft")}
     names = [*teachers["inv_ft"]["similarity_names"], "added/since.avi"]
     assert weigh_videos("tstr", teachers, names)[-1] == 0.5
     assert "1 of 25 videos have no similarity from stage 1 (added since" in capsys.readouterr().out
+    for teachers_of, reweight, weight in [(2, "mean", 0.5), (2, 0.7, 0.7), (1, "tstr", 1)]:
+        some = dict(list(teachers.items())[:teachers_of])
+        assert weigh_videos(reweight, some, names).tolist() == pytest.approx([weight] * 25)
     teachers["dist_ft"]["similarity"] = torch.ones(24, 3, 3)
     with pytest.raises(tb.UserError, match="other --clips"):
         weigh_videos("tstr", teachers, names)

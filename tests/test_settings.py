@@ -138,6 +138,19 @@ def test_a_mistake_costs_one_line(module, flags, word, mistaken, toy, monkeypatc
     assert word in error and error.startswith(f"{module.__name__}.py: "), error
 
 
+@pytest.mark.parametrize("data, stage, expected", [
+    ("ucf101", "pretrain_inv", "frames 16 stride 1 clips 4 batch 40 epochs 250"),
+    ("kinetics400", "pretrain_dist", "frames 16 stride 1 clips 4 batch 40 epochs 100"),
+    ("ucf101", "finetune", "frames 8 stride 2 percent 5 batch 16 epochs 150"),
+    ("hmdb51", "student", "frames 8 stride 2 percent 40 batch 16 epochs 150")])
+def test_the_defaults_are_the_paper_s(data, stage, expected):
+    argv = ["--data", data, "--device", "cpu"]
+    args, _, _ = tb.start(tb.stage_parser(stage, ""), stage, argv)
+    expected += " arch slow_r50 size 224 lr 0.001 warmup 10 patience 5"
+    for key, value in zip(expected.split()[::2], expected.split()[1::2]):
+        assert str(getattr(args, key)) == value, key
+
+
 def test_toy_trains_in_float32_where_bf16_is_the_default(monkeypatch):
     """And its recipe has the last word on what the parser has a default for, too."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})

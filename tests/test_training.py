@@ -45,6 +45,19 @@ def test_batches_are_the_same_with_workers_and_from_any_step(first, workers, toy
         assert all(torch.equal(x, y) for x, y in zip(a.videos, b.videos, strict=True))
 
 
+def test_a_clip_lies_anywhere_in_its_video(toy, three_epochs):
+    """Four frames, two apart, scaled to 1.25 times the network's 16 pixels."""
+    videos = tb.read_videos("toy", toy, True)
+    positions = []
+    for batch, _ in three_epochs[:4]:
+        for i, clip in zip(batch.ids, batch.videos):
+            frames = tb.decode_frames(videos.path(i), range, short_side=20)
+            starts = range(len(frames) - 6)
+            found = [start for start in starts if torch.equal(frames[start:start + 7:2], clip)]
+            positions.append(found[0] / len(starts))
+    assert min(positions) < 0.2 and max(positions) > 0.8
+
+
 def test_no_video_is_twice_in_an_epoch_and_labelled_ones_cycle(three_epochs):
     """Eq. 1 would take a second clip of a video for a negative."""
     for epoch in range(3):
@@ -64,21 +77,23 @@ def test_no_two_clips_share_their_draws(toy, three_epochs):
 
 @pytest.mark.parametrize("stage", ["inv", "dist", "labeled_only", "student"])
 def test_each_clip_has_its_own_augmentation(stage, chain, toy, tmp_path, monkeypatch):
-    """In all steps and epochs; in stage 1b the same clips have two, and so have the long ones."""
+    """In all steps and epochs, weak behind stage 1, mirrored unless --no-flip says otherwise; in
+    stage 1b the same clips have two, and so have the long ones."""
     earlier_checkpoints(chain, tmp_path, stage)
     draws = []
 
-    def noted(clips, size, rngs, *settings, **strength):
+    def noted(clips, size, rngs, flip, **strength):
+        assert (size, flip, strength) == (16, False, {} if stage in ("inv", "dist") else tb.WEAK)
         draws.extend(rng.bit_generator.state["state"]["state"] for rng in rngs)
         if stage == "dist":
             short, short_aug, long, long_aug = (torch.stack(part) for part in (
                 clips[:8], clips[8:16], clips[16:20], clips[20:]))
             assert torch.equal(short, short_aug) and torch.equal(long, long_aug)
             assert torch.equal(long, short.unflatten(0, (4, 2)).flatten(1, 2)[:, ::2])
-        return tb.augment_clips(clips, size, rngs, *settings, **strength)
+        return tb.augment_clips(clips, size, rngs, flip, **strength)
 
     monkeypatch.setattr(STAGES[stage][0], "augment_clips", noted)
-    run_stage(stage, toy, tmp_path)
+    run_stage(stage, toy, tmp_path, "--no-flip")
     count = {"inv": 2 * 24 * 2, "dist": 2 * 24 * 6, "labeled_only": 2 * 8, "student": 2 * 32}[stage]
     assert len(draws) == len(set(draws)) == count
 
@@ -182,8 +197,8 @@ def test_the_first_step_is_the_paper_s(stage, flags, chain, toy, tmp_path, monke
         if stage == "student":
             tb.start_from(model, "dist.pt", load(chain, "dist"))
         p = model(x).softmax(1)
-        labels = torch.tensor(tb.read_videos("toy", toy, True).labels[step["ids"]])
-        log_p = p[range(len(p)), labels].log()
+        videos = tb.read_videos("toy", toy, True)
+        log_p = p[range(len(p)), videos.labels[step["ids"]]].log()
     terms = {}
     if stage == "inv":
         loss = tb.invariant_loss(net(x).view(24, 2, 128))
@@ -200,6 +215,8 @@ def test_the_first_step_is_the_paper_s(stage, flags, chain, toy, tmp_path, monke
         loss = -log_p.mean()
     else:
         saved = [load(chain, name) for name in ("inv_ft", "dist_ft")]
+        names = [videos.names[i] for i in step["ids"]]
+        assert set(names[16:]) == set(saved[0]["labeled"]) == set(videos.names) - set(names[:16])
         with torch.no_grad():
             p_inv, p_dist = (tb.load_classifier(each, x.device)(x).softmax(1) for each in saved)
         s = sum(each["similarity"][step["ids"], 0, 1] for each in saved) / 2
@@ -221,18 +238,31 @@ def test_stage_3_logs_accuracy_and_loss_terms(chain):
         "train_accuracy", "l_sup", "l_unsup", "l_unsup_labeled", "weight_inv", "agreement"}
 
 
-def test_learning_rate_warms_up_linearly_and_halves_on_a_plateau(toy, tmp_path):
-    run_stage("labeled_only", toy, tmp_path, "--epochs", 12, "--warmup", 4, "--patience", 0,
-              "--lr", 0.02)
-    log = read_log(tmp_path, "labeled_only")[1:]
+@pytest.mark.parametrize("stage, chance, steps, frozen", [
+    ("inv", math.log(7), 6, 7), ("dist", math.log(3) + math.log(2), 6, 7),
+    ("labeled_only", None, 2, 2), ("student", None, 4, 4)])
+def test_learning_rate_rises_then_halves_and_the_last_steps_are_frozen(
+        stage, chance, steps, frozen, chain, toy, tmp_path, request, monkeypatch):
+    """The losses of stage 1 count a tenth, and so are below chance."""
+    def tenth(loss):
+        return lambda *args: loss(*args) / 10
+
+    for name in ("invariant_loss", "distinctive_loss", "unpooled_distinctive_loss"):
+        monkeypatch.setattr(STAGES[stage][0], name, tenth(getattr(tb, name)), raising=False)
+    earlier_checkpoints(chain, tmp_path, stage)
+    taken = []
+    request.addfinalizer(register_optimizer_step_post_hook(lambda *_: taken.append(1)).remove)
+    run_stage(stage, toy, tmp_path, "--epochs", 12, "--warmup", 4, "--patience", 0, "--lr", 0.02)
+    log = read_log(tmp_path, stage)[1:]
     assert [line["lr"] for line in log[:4]] == pytest.approx([0.005, 0.01, 0.015, 0.02])
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.02)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
     for before, line in zip(log[3:], log[4:]):
-        if before["epoch"] > 4:
+        if before["epoch"] > 4 and (not chance or before["loss"] < 0.95 * chance):
             scheduler.step(before["loss"])
         assert line["lr"] == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-6)
     assert log[-1]["lr"] < 0.02  # the schedule did something
+    assert len(taken) == 12 * steps - frozen
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(toy, tmp_path, monkeypatch):
