@@ -144,10 +144,16 @@ def fill_by_formula(model):
 
 class TestModels:
     def test_r3d_18_is_torchvision_s_but_for_time_in_layer4(self):
-        model = fill_by_formula(tb.build_model("r3d_18", 7))
+        """With one seed even its initial weights."""
+        torch.manual_seed(0)
+        model = tb.build_model("r3d_18", 7)
+        torch.manual_seed(0)
         stock = torchvision.models.video.r3d_18(num_classes=7).eval()
-        assert list(model.state_dict()) == list(stock.state_dict())
-        stock.load_state_dict(model.state_dict())
+        assert same(model.state_dict(), stock.state_dict())
+        public = torchvision.models.video.R3D_18_Weights.DEFAULT.transforms()
+        assert model.mean.tolist() == pytest.approx(public.mean)
+        assert model.std.tolist() == pytest.approx(public.std)
+        stock.load_state_dict(fill_by_formula(model).state_dict())
         x = torch.randn(2, 3, 16, 48, 40)
         with torch.no_grad():
             logits = model(x)
@@ -161,8 +167,10 @@ class TestModels:
     def test_slow_r50_is_pytorchvideo_s(self):
         """Its keys, and the logits of pytorchvideo.models.hub.slow_r50 0.1.5, float64, its pool
         made adaptive: they depend on the order and the shape of every tensor."""
-        model = fill_by_formula(tb.build_model("slow_r50", 5))
-        keys = list(model.state_dict())
+        model = tb.build_model("slow_r50", 5)
+        assert not model.blocks[4].res_blocks[2].branch2.norm_c.weight.any()
+        assert (model.mean == 0.45).all() and (model.std == 0.225).all()
+        keys = list(fill_by_formula(model).state_dict())
         assert keys[-2:] == ["blocks.5.proj.weight", "blocks.5.proj.bias"]
         assert {"blocks.1.res_blocks.0.branch1_norm.weight",
                 "blocks.3.res_blocks.5.branch2.conv_a.weight",
@@ -172,7 +180,6 @@ class TestModels:
         expected = [0.29953622, 0.08540572, -0.19857994, -0.23216664, -0.07341280]
         with torch.no_grad():
             assert torch.allclose(model(x), torch.tensor([expected]), atol=1e-5)
-        assert not tb.build_model("slow_r50", 5).blocks[4].res_blocks[2].branch2.norm_c.weight.any()
         assert model.blocks[5].dropout.p == 0.5
 
 

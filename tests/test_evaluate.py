@@ -273,9 +273,9 @@ def test_the_weights_of_stage_3(chain, capsys):
     names = [*teachers["inv_ft"]["similarity_names"], "added/since.avi"]
     assert weigh_videos("tstr", teachers, names)[-1] == 0.5
     assert "1 of 25 videos have no similarity from stage 1 (added since" in capsys.readouterr().out
-    for teachers_of, reweight, weight in [(2, "mean", 0.5), (2, 0.7, 0.7), (1, "tstr", 1)]:
-        some = dict(list(teachers.items())[:teachers_of])
-        assert weigh_videos(reweight, some, names).tolist() == pytest.approx([weight] * 25)
+    for count, reweight, expected in [(2, "mean", 0.5), (2, 0.7, 0.7), (1, "tstr", 1)]:
+        some = dict(list(teachers.items())[:count])
+        assert weigh_videos(reweight, some, names).tolist() == pytest.approx([expected] * 25)
     teachers["dist_ft"]["similarity"] = torch.ones(24, 3, 3)
     with pytest.raises(tb.UserError, match="other --clips"):
         weigh_videos("tstr", teachers, names)

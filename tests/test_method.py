@@ -178,6 +178,25 @@ def test_strengths_are_shares_and_probabilities(strength, monkeypatch):
     assert (saturation == 0).mean() == pytest.approx(expected["grey_prob"], abs=0.04)
 
 
+@pytest.mark.parametrize("area", [0.3, 0.5])
+def test_crops_have_their_share_of_the_area_and_their_ratio(area):
+    """Seen from frames of which red is the column and green the row; 3 : 4 to 4 : 3."""
+    frame = torch.zeros(1, 150, 200, 3, dtype=torch.uint8)
+    frame[..., 0] = torch.arange(200)
+    frame[..., 1] = torch.arange(150)[:, None]
+    rngs = [tb.rng(0, k) for k in range(500)]
+    crops = tb.augment_clips([frame] * 500, 32, rngs, False, area, jitter_prob=0, grey_prob=0)
+    crops = crops[:, 0].float()
+    width = (crops[:, 0, 16, -1] - crops[:, 0, 16, 0]) * 32 / 31
+    height = (crops[:, 1, -1, 16] - crops[:, 1, 0, 16]) * 32 / 31
+    share = width * height / (150 * 200)
+    ratio = width / height
+    assert share.min() == pytest.approx(area, abs=0.03) and share.max() > 0.95
+    assert ratio.min() == pytest.approx(3 / 4, abs=0.05)
+    assert ratio[share < 0.6].max() == pytest.approx(4 / 3, abs=0.07)
+    assert crops[:, 0, 16, 0].max() > 60 and crops[:, 1, 0, 16].max() > 30  # anywhere
+
+
 def test_all_frames_of_a_clip_are_changed_alike_and_each_key_in_its_own_way():
     torch.manual_seed(0)
     still = torch.randint(256, (1, 40, 56, 3), dtype=torch.uint8).expand(6, -1, -1, -1)
