@@ -369,7 +369,9 @@ def build_model(arch, num_classes):
 
     arch: r3d_18 (D = 512, T' = T / 4), slow_r50 (D = 2048, T' = T), or r3d_tiny, an r3d with a
     fifth of the width and half the depth (D = 96, T' = T / 4). The keys of the state dict are
-    torchvision's or PyTorchVideo's."""
+    torchvision's or PyTorchVideo's. ValueError for other names."""
+    if arch not in ARCHS:
+        raise ValueError(f"unknown arch {arch!r}: {', '.join(ARCHS)}")
     return ARCHS[arch](num_classes)
 
 
@@ -406,8 +408,10 @@ class Embedder(nn.Module):
 
         First a row for each short clip, pooled over time, then `slices` rows for each long clip,
         one for each temporal slice of its features. All rows pass the head together, so that its
-        BatchNorm sees one batch. T' is a multiple of `slices`."""
+        BatchNorm sees one batch. ValueError if T' is no multiple of `slices`."""
         f = self.backbone.features(clips)  # (N, D, T')
+        if f.shape[2] % slices:
+            raise ValueError(f"cannot cut {f.shape[2]} time steps into {slices} equal slices")
         pooled, unpooled = f.split([len(f) - num_long, num_long])
         unpooled = unpooled.unflatten(2, (slices, -1)).mean(3)  # (num_long, D, slices)
         unpooled = unpooled.transpose(1, 2).flatten(0, 1)  # (num_long * slices, D)
@@ -903,8 +907,12 @@ def labeled_subset(names, labels, percent=100, seed=0, per_class=None):
 
     names, labels: of the training videos, in any order; label -1 is no class. Within a class those
     come first whose sha256 of "<seed> <name>" is smallest, so a smaller fraction is part of a
-    larger one."""
+    larger one. ValueError if labels are not as many as names, or percent is not in (0, 100]."""
     labels = np.asarray(labels)
+    if labels.shape != (len(names),) or not 0 < percent <= 100:
+        raise ValueError(f"{len(names)} names, labels of shape {labels.shape}, {percent} per cent: "
+                         "expected a label for each name, and a share in (0, 100]")
+
     chosen = []
     for c in np.unique(labels[labels >= 0]):
         members = sorted(np.flatnonzero(labels == c), key=lambda i: hashlib.sha256(
@@ -1217,9 +1225,10 @@ def leave_ctrl_c_to_parent(_worker):
 # if not, an epoch is one pass over them, and its remainder is dropped.
 Pool = namedtuple("Pool", "ids batch cycle")
 
-# Of each video the frames, uint8 (T, H, W, 3) on the device; its id; its key (pool, lap, id), which
-# determines, with the seed, all its random draws; whether it replaces an unreadable one.
-Batch = namedtuple("Batch", "videos ids keys replaces")
+# The frames of each video, uint8 (T, H, W, 3) on the device; its id; and its key (pool, lap, id).
+# The key and the seed determine all random draws for the video. If the ids differ, it replaces one
+# that cannot be decoded.
+Batch = namedtuple("Batch", "videos ids keys")
 
 
 @functools.lru_cache(maxsize=8)
@@ -1269,7 +1278,7 @@ class Batches:
         ahead = max(2, math.ceil(2 * self.share / max(1, self.workers)))  # two batches
         loader = self.dataset.loader(self.items(first, last), self.workers, self.device, ahead)
         for step in range(first, last):
-            batch = Batch([], [], [], [])
+            batch = Batch([], [], [])
             for key, i, frames, bad in itertools.islice(loader, self.share):
                 for j in bad.keys() - self.unreadable:
                     self.unreadable.add(j)
@@ -1281,7 +1290,6 @@ class Batches:
                 batch.videos.append(frames.to(self.device, non_blocking=True))
                 batch.ids.append(i)
                 batch.keys.append(tuple(key))  # data loaders make lists of tuples
-                batch.replaces.append(bool(bad))
             place = divmod(step, self.steps)
             torch.manual_seed(rng(self.seed, *place, rank()).integers(2**63))  # of dropout
             yield batch
@@ -1340,10 +1348,11 @@ class State:
         self.stream = batches.stream(self.steps_done(), self.steps_in_run)
 
     def resume(self):
-        saved = read_checkpoint(self.path, stages=[self.metadata["stage"]], finished=False)
-        for key, value in vars(self.args).items():
-            if key not in FREE_ARGUMENTS and saved["args"].get(key) != value:
-                raise UserError(f"{self.path} was made with {key} {saved['args'].get(key)}, not "
+        saved = read_checkpoint(self.path, finished=False)
+        made_with = {"stage": saved.get("stage"), **saved.get("args", {})}
+        for key, value in {"stage": self.metadata["stage"], **vars(self.args)}.items():
+            if key not in FREE_ARGUMENTS and made_with.get(key) != value:
+                raise UserError(f"{self.path} was made with {key} {made_with.get(key)}, not "
                                 f"{value}: give the same, --restart or another --out")
         for name, digest in self.metadata["made_from"].items():
             if digest != saved["made_from"].get(name):
@@ -1384,7 +1393,8 @@ class State:
                 begin = time.perf_counter()
                 batch = next(self.stream)
                 self.sums["waiting"] += time.perf_counter() - begin
-                self.sums["unreadable"] += sum(batch.replaces)
+                self.sums["unreadable"] += sum(
+                    i != key[-1] for i, key in zip(batch.ids, batch.keys))
                 self.step += 1
                 yield batch
                 bar.update()

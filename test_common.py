@@ -149,6 +149,7 @@ class TestModels:
         model = tb.build_model("r3d_18", 7)
         torch.manual_seed(0)
         stock = torchvision.models.video.r3d_18(num_classes=7).eval()
+        assert list(model.state_dict()) == list(stock.state_dict())
         assert same(model.state_dict(), stock.state_dict())
         public = torchvision.models.video.R3D_18_Weights.DEFAULT.transforms()
         assert model.mean.tolist() == pytest.approx(public.mean)
@@ -311,7 +312,11 @@ class TestChain:
     def test_every_classifier_is_evaluated(self, chain):
         results = read_results(chain)
         assert [r["checkpoint"] for r in results] == EVALUATED
-        assert all(r["videos"] == 8 and r["labeled_count"] == 8 for r in results)
+        for r in results:
+            assert r["videos"] == 8 and r["labeled_count"] == 8
+            assert 0 <= r["top1"] <= r["top5"] <= 100
+            # one test video a class
+            assert r["top1"] == pytest.approx(np.mean(list(r["per_class"].values())))
 
     def test_label_firewall(self, chain, toy, tmp_path):
         """Stages see the labels of the labelled videos alone. All other videos move to another

@@ -176,7 +176,7 @@ def assert_same_run(a, b, name):
     assert x.keys() == y.keys()
     for key in x.keys() - {"args", "log"}:
         assert same(x[key], y[key]), key
-    timed = {"seconds", "clips_per_s", "waiting_share", "memory_gib"}
+    timed = {"seconds", "clips_per_s", "waiting_share"}
     logs = [[{k: v for k, v in line.items() if k not in timed} for line in read_log(folder, name)]
             for folder in (a, b)]
     assert logs[0][1:] == logs[1][1:]  # the first line is the command

@@ -47,6 +47,7 @@ def test_float64_stays_and_all_other_precisions_become_float32(name):
 
 Z = torch.ones(3, 4, 8)
 FRAMES = torch.zeros(4, 20, 30, 3, dtype=torch.uint8)
+LONG = torch.zeros(2, 3, 8, 16, 16)
 
 
 @pytest.mark.parametrize("call, message", [
@@ -69,6 +70,11 @@ FRAMES = torch.zeros(4, 20, 30, 3, dtype=torch.uint8)
     (lambda: tb.to_input(FRAMES[None].float(), tb.build_model("r3d_tiny", 2)), "float32"),
     (lambda: tb.clip_indices(0, 4), "video of 0 frames"),
     (lambda: tb.clip_indices(64, 16.0), "16.0 frames"),
+    (lambda: tb.build_model("r3d", 2), "unknown arch 'r3d'"),
+    (lambda: tb.Embedder(tb.build_model("r3d_tiny", 2))(LONG, num_long=1, slices=3),
+     "2 time steps"),
+    (lambda: tb.labeled_subset(["a/1.avi", "b/2.avi"], [0, 1], 101), "101 per cent"),
+    (lambda: tb.labeled_subset(["a/1.avi", "b/2.avi"], [0]), r"shape \(1,\)"),
 ])
 def test_other_inputs_are_refused(call, message):
     with pytest.raises(ValueError, match=message):

@@ -165,7 +165,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("what, reason", [
-    ("another stage's", "a checkpoint of student"), ("truncated", "damaged"),
+    ("another stage's", "was made with stage student"), ("truncated", "damaged"),
     ("malicious", "damaged"), ("older code's", "made by another version of this code")])
 def test_a_checkpoint_to_which_the_command_does_not_fit_is_refused(what, reason, chain, toy,
                                                                   tmp_path, monkeypatch, complaint):

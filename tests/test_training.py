@@ -139,6 +139,7 @@ def test_compile_changes_no_step(toy, tmp_path, monkeypatch, float64):
     assert not compiled
     other = first_step("labeled_only", toy, tmp_path, "--compile", "--checkpointing")
     torch.testing.assert_close(other, plain, rtol=1e-6, atol=1e-9)
+    assert all(value.any() for value in plain.values())
     assert len(compiled) == 5
 
 
