@@ -197,6 +197,7 @@ def rewrite(source, target, change=lambda k, data: [data], key=None, timestamp=l
                 part.stream = copy
                 part.time_base = Fraction(1, 25)
                 part.pts = part.dts = timestamp(written)
+                part.duration = 1  # PyAV 17 would write none, and the last frame would be cut off
                 part.is_keyframe = packet.is_keyframe if key is None else key
                 new.mux(part)
                 written += 1
