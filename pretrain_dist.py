@@ -43,6 +43,8 @@ def main(argv=None):
                         "--invariant-weight)")
     args, device, _ = start(parser, "pretrain_dist", argv)
     args.name = args.name or ("both" if args.invariant_weight else "dist")
+    if args.batch < 2 and args.invariant_weight:
+        raise UserError("--batch 1: Eq. 1 takes its negatives from other videos, give 2 or more")
     n = args.clips
     with torch.device("meta"):  # computes only shapes
         f = build_model(args.arch, 1).features(torch.empty(1, 3, args.frames, 64, 64))

@@ -107,6 +107,7 @@ MISTAKES = {  # the flags, and what the line names
         "--init OUT/./inv.pt": "this run writes", "--out OUT/inv.pt/x": "cannot be written"},
     pretrain_dist: {
         "--frames 8": "leave 2 time steps", "--clips 3": "--clips 3",
+        "--batch 1 --invariant-weight 1": "--batch 1: Eq. 1",
         "--frames 4 --arch r3d_18": "leave 1 time steps"},  # of one pixel each
     finetune: {
         "--percent 101": "--percent", "--init no.pt": "no.pt", "--out OUT/none": "inv.pt",
