@@ -81,11 +81,11 @@ def main(argv=None):
             require_writable((args.output or folder) / "predictions.csv")
             write_results(args.output or folder, rows)
         except UserError as error:
-            problems.append(f"{error} (--output DIR writes into another folder)")
+            problems.append(error)
     if len(found) > 1:
         print_means(results)
     if problems:
-        raise UserError(problems[0])
+        raise problems[0]
 
 
 def find_classifiers(paths):
@@ -197,7 +197,8 @@ def require_writable(path):
     try:
         open(path, "a").close()
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; see --output") from None
+        raise UserError(f"{path} cannot be written: {error.strerror}; --output DIR writes into "
+                        "another folder") from None
 
 
 def describe(name, saved, probabilities, videos, root, args):

@@ -18,7 +18,7 @@ import torch
 
 import common as tb
 import evaluate
-from docs.study import draw, intervals, unlabeled, weight
+from docs.study import cached, draw, intervals, unlabeled, weight
 from test_common import EVALUATE, HERE, load, read_results, run_stage, same
 from train_student import find_moved, weigh_videos
 
@@ -183,10 +183,11 @@ def test_other_files_of_a_run_folder_are_passed_over(classifier, toy, tmp_path, 
     assert [r["checkpoint"] for r in read_results(tmp_path)] == ["student.pt"]
 
 
-@pytest.mark.parametrize("videos, blocked", [
-    ([], "predictions.csv"), ([], "results.json"), (["data/test"], "predictions.csv")])
-def test_a_folder_that_cannot_be_written_costs_no_result(videos, blocked, classifier, tmp_path,
-                                                         capsys, monkeypatch):
+@pytest.mark.parametrize("videos, blocked, hint", [
+    ([], "predictions.csv", "--output DIR"), ([], "results.json", "remove it"),
+    (["data/test"], "predictions.csv", "--output DIR")])
+def test_a_folder_that_cannot_be_written_costs_no_result(videos, blocked, hint, classifier,
+                                                         tmp_path, capsys, monkeypatch):
     """Neither the table nor the printed classes; --output takes the files elsewhere."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run" / blocked).mkdir(parents=True)  # in the file's place
@@ -196,7 +197,7 @@ def test_a_folder_that_cannot_be_written_costs_no_result(videos, blocked, classi
         evaluate.main([*flags, *EVALUATE])
     printed = capsys.readouterr()
     assert end.value.code == 2 and "student.pt" in printed.out or ": a 66.5 %" in printed.out
-    assert blocked in printed.err and "--output" in printed.err
+    assert blocked in printed.err and hint in printed.err
     evaluate.main([*flags, "--output", "elsewhere", *EVALUATE])
     assert len(read_predictions("elsewhere/predictions.csv")) > 2
     assert videos or read_results("elsewhere")
@@ -385,7 +386,17 @@ def test_a_mistake_costs_one_line(flags, words, classifier, toy, tmp_path, monke
     assert not [*tmp_path.rglob("*.json"), *tmp_path.rglob("*.csv")]
 
 
-# ---- docs/study/: differences, unlabelled videos, two figures of the paper -----------------------
+# ---- docs/study/: cached frames, differences, unlabelled videos, two figures of the paper --------
+
+def test_frames_from_the_cache_are_those_of_the_file(toy, tmp_path, monkeypatch):
+    monkeypatch.setenv("CACHE", str(tmp_path))
+    path = tb.read_videos("toy", toy, True).path(0)
+    for short_side in (None, 20, 20):  # the last one is there
+        for indices in ([9, 0, 9], lambda count: np.arange(count)[::-2].copy()):
+            frames = cached.read_frames(path, indices, short_side)
+            assert torch.equal(frames, tb.decode_frames(path, indices, short_side))
+    assert len(list(tmp_path.iterdir())) == 2
+
 
 def test_differences_within_runs(tmp_path, capsys):
     """Of three runs, of which one lacks a row; folders and files are read alike."""
@@ -418,7 +429,7 @@ def test_what_is_known_of_the_unlabelled_videos(chain, toy, monkeypatch, capsys)
     easy = np.array([unlabeled.group_of(videos.names[i]) in groups for i in rest])
     clips = []
     for i in rest:
-        frames = tb.decode_frames(videos.path(i), range)
+        frames = tb.decode_frames(videos.path(i), range, short_side=20)
         clips.append(tb.centre_crop(frames[tb.clip_indices(len(frames), 8)], 16))
     right = []
     for name in ("student", "inv_ft"):
