@@ -38,6 +38,7 @@ import torch
 METRICS = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class"}
 TEACHERS = ("inv_ft.pt", "dist_ft.pt")
 UNREADABLE = "cannot be decoded"  # in place of a predicted class
+ELSEWHERE = " (--output DIR writes into another folder)"
 
 
 @command
@@ -81,11 +82,11 @@ def main(argv=None):
             require_writable((args.output or folder) / "predictions.csv")
             write_results(args.output or folder, rows)
         except UserError as error:
-            problems.append(error)
+            problems.append(f"{error}{ELSEWHERE}")
     if len(found) > 1:
         print_means(results)
     if problems:
-        raise problems[0]
+        raise UserError(problems[0])
 
 
 def find_classifiers(paths):
@@ -193,12 +194,11 @@ def write_results(folder, results):
     write_text(path, json.dumps(kept + results, indent=1))
 
 
-def require_writable(path):
+def require_writable(path, hint=""):
     try:
         open(path, "a").close()
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; --output DIR writes into "
-                        "another folder") from None
+        raise UserError(f"{path} cannot be written: {error.strerror}{hint}") from None
 
 
 def describe(name, saved, probabilities, videos, root, args):
@@ -388,7 +388,7 @@ def predict(args, device):
     if not rows:
         print0("none of these videos can be decoded")
         raise SystemExit(1)
-    require_writable(output)
+    require_writable(output, ELSEWHERE)
 
 
 # ---- Tables --------------------------------------------------------------------------------------

@@ -183,11 +183,10 @@ def test_other_files_of_a_run_folder_are_passed_over(classifier, toy, tmp_path, 
     assert [r["checkpoint"] for r in read_results(tmp_path)] == ["student.pt"]
 
 
-@pytest.mark.parametrize("videos, blocked, hint", [
-    ([], "predictions.csv", "--output DIR"), ([], "results.json", "remove it"),
-    (["data/test"], "predictions.csv", "--output DIR")])
-def test_a_folder_that_cannot_be_written_costs_no_result(videos, blocked, hint, classifier,
-                                                         tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("videos, blocked", [
+    ([], "predictions.csv"), ([], "results.json"), (["data/test"], "predictions.csv")])
+def test_a_folder_that_cannot_be_written_costs_no_result(videos, blocked, classifier, tmp_path,
+                                                         capsys, monkeypatch):
     """Neither the table nor the printed classes; --output takes the files elsewhere."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run" / blocked).mkdir(parents=True)  # in the file's place
@@ -197,7 +196,7 @@ def test_a_folder_that_cannot_be_written_costs_no_result(videos, blocked, hint, 
         evaluate.main([*flags, *EVALUATE])
     printed = capsys.readouterr()
     assert end.value.code == 2 and "student.pt" in printed.out or ": a 66.5 %" in printed.out
-    assert blocked in printed.err and hint in printed.err
+    assert blocked in printed.err and printed.err.count("--output") == 1
     evaluate.main([*flags, "--output", "elsewhere", *EVALUATE])
     assert len(read_predictions("elsewhere/predictions.csv")) > 2
     assert videos or read_results("elsewhere")
