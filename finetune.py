@@ -94,9 +94,9 @@ def finetune(args, saved, labeled, videos, device):
             with autocast(args, device):
                 logits = net(to_input(clips, model))  # (b, classes)
             loss = F.cross_entropy(logits.float(), y)  # L_sup, Eq. 4
+            optimizer.zero_grad()
+            loss.backward()  # in frozen steps, too: it frees what autograd keeps of this step
             if state.steps_left() >= state.recalibration:  # then weights are frozen
-                optimizer.zero_grad()
-                loss.backward()
                 optimizer.step()
             accuracy = (logits.argmax(1) == y).float().mean()
             state.add(len(clips), loss=loss, train_accuracy=accuracy)

@@ -47,8 +47,8 @@ def main(argv=None):
         raise UserError("--batch 1: Eq. 1 takes its negatives from other videos, give 2 or more")
     n = args.clips
     with torch.device("meta"):  # computes only shapes
-        f = build_model(args.arch, 1).features(torch.empty(1, 3, args.frames, 64, 64))
-    time_steps = f.shape[2]
+        x = torch.empty(1, 3, args.frames, 64, 64)
+        time_steps = build_model(args.arch, 1).features(x).shape[2]
     if time_steps % n:
         raise UserError(f"--frames {args.frames} leave {time_steps} time steps in the features of "
                         f"{args.arch}, which L_D2 cannot cut into --clips {n} equal slices: give "
@@ -108,9 +108,9 @@ def main(argv=None):
                 l_i = invariant_loss(all_gather(z), args.temperature)  # Eq. 1
                 loss = loss + args.invariant_weight * l_i
                 terms["l_i"] = l_i
+            optimizer.zero_grad()
+            loss.backward()  # in frozen steps, too: it frees what autograd keeps of this step
             if state.steps_left() >= state.recalibration:  # then weights are frozen
-                optimizer.zero_grad()
-                loss.backward()
                 optimizer.step()
             state.add(len(x), loss=loss, **terms)
             if state.steps_done() % args.save_every == 0:

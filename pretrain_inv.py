@@ -77,9 +77,9 @@ def main(argv=None):
             z = z.unflatten(0, (-1, n))
             z = all_gather(z)  # (B, n, 128): the other processes' videos are negatives, too
             loss = invariant_loss(z, args.temperature)  # Eq. 1
+            optimizer.zero_grad()
+            loss.backward()  # in frozen steps, too: it frees what autograd keeps of this step
             if state.steps_left() >= state.recalibration:  # then weights are frozen
-                optimizer.zero_grad()
-                loss.backward()
                 optimizer.step()
             state.add(len(clips), loss=loss)
             if state.steps_done() % args.save_every == 0:

@@ -113,9 +113,9 @@ def main(argv=None):
                 l_unsup = on_unlabeled + 0.5 * on_labeled  # Eq. 8
                 loss = l_sup + args.omega * l_unsup  # Eq. 2
                 terms |= {"l_unsup": on_unlabeled, "l_unsup_labeled": on_labeled, **agreement}
+            optimizer.zero_grad()
+            loss.backward()  # in frozen steps, too: it frees what autograd keeps of this step
             if state.steps_left() >= state.recalibration:  # then weights are frozen
-                optimizer.zero_grad()
-                loss.backward()
                 optimizer.step()
             state.add(len(x), loss=loss, **terms)
             if state.steps_done() % args.save_every == 0:

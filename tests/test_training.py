@@ -5,6 +5,7 @@ import argparse
 import math
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -244,7 +245,22 @@ def test_stage_3_logs_accuracy_and_loss_terms(chain):
     ("labeled_only", None, 2, 2), ("student", None, 4, 4)])
 def test_learning_rate_rises_then_halves_and_the_last_steps_are_frozen(
         stage, chance, steps, frozen, chain, toy, tmp_path, request, monkeypatch):
-    """The losses of stage 1 count a tenth, and so are below chance."""
+    """The losses of stage 1 count a tenth, and so are below chance. No step, frozen or not, begins
+    before autograd has let go of the step before: else memory would double."""
+    saved = weakref.WeakSet()
+    held = []
+
+    def pack(tensor):
+        tensor = tensor.detach()  # else it would hold the graph that holds it
+        saved.add(box := lambda: tensor)
+        return box
+
+    def count_and_augment(*args, **strength):
+        held.append(len(saved))
+        return tb.augment_clips(*args, **strength)
+
+    monkeypatch.setattr(STAGES[stage][0], "augment_clips", count_and_augment)
+
     def tenth(loss):
         return lambda *args: loss(*args) / 10
 
@@ -253,7 +269,9 @@ def test_learning_rate_rises_then_halves_and_the_last_steps_are_frozen(
     earlier_checkpoints(chain, tmp_path, stage)
     taken = []
     request.addfinalizer(register_optimizer_step_post_hook(lambda *_: taken.append(1)).remove)
-    run_stage(stage, toy, tmp_path, "--epochs", 12, "--warmup", 4, "--patience", 0, "--lr", 0.02)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box()):
+        run_stage(stage, toy, tmp_path, "--epochs", 12, "--warmup", 4, "--patience", 0, "--lr",
+                  0.02)
     log = read_log(tmp_path, stage)[1:]
     assert [line["lr"] for line in log[:4]] == pytest.approx([0.005, 0.01, 0.015, 0.02])
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.02)
@@ -264,6 +282,7 @@ def test_learning_rate_rises_then_halves_and_the_last_steps_are_frozen(
         assert line["lr"] == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-6)
     assert log[-1]["lr"] < 0.02  # the schedule did something
     assert len(taken) == 12 * steps - frozen
+    assert held == [0] * 12 * steps
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(toy, tmp_path, monkeypatch):
