@@ -246,16 +246,12 @@ class Backbone(nn.Module):
 @contextlib.contextmanager
 def frozen_statistics(block):
     """The second pass of a checkpointed block: its BatchNorms have counted the batch already."""
-    before = [(norm, norm.momentum, norm.num_batches_tracked.clone())
-              for norm in block.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
-    for norm, _, _ in before:
-        norm.momentum = 0.0
+    before = [(buffer, buffer.clone()) for buffer in block.buffers()]
     try:
         yield
     finally:  # torch leaves the second pass by an exception, as soon as it has what it needs
-        for norm, momentum, count in before:
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 class R3D(Backbone):
