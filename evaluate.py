@@ -21,6 +21,7 @@ import contextlib
 import csv
 import json
 import os
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -34,6 +35,7 @@ from common import (
     read_checkpoint, read_videos, score_videos, to_input, weight_digest, write_text)  # before torch
 
 import torch
+from tqdm import tqdm
 
 METRICS = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class"}
 TEACHERS = ("inv_ft.pt", "dist_ft.pt")
@@ -378,9 +380,11 @@ def predict(args, device):
             raise UserError(f"{path}: no video here")
         names += files
 
-    def show(i, top):
+    def show(i, top):  # in each process of torchrun, of its share of the videos
         if UNREADABLE not in top:
-            print0(f"{names[i]}:", ", ".join(f"{c} {100 * p:.1f} %" for c, p in top.items()))
+            classes = ", ".join(f"{c} {100 * p:.1f} %" for c, p in top.items())
+            tqdm.write(f"{names[i]}: {classes}")
+            sys.stdout.flush()
 
     videos = Videos("", names, [-1] * len(names), saved["classes"])
     output = (args.output or args.checkpoint.parent) / "predictions.csv"

@@ -101,6 +101,13 @@ def test_two_processes_evaluate_to_the_same_results(chain, tmp_path):
     assert one == two  # but for the order and the last digits of probabilities
 
 
+def test_two_processes_print_the_classes_of_all_videos(chain, toy, tmp_path, capfd):
+    argv = ["--videos", str(toy / "UCF-101"), "--checkpoint", str(chain), "--output", str(tmp_path)]
+    assert run_in_two(evaluate.main, [*argv, *EVALUATE]) == [0]
+    lines = capfd.readouterr().out.splitlines()
+    assert len({line.split(": ")[0] for line in lines if line.startswith(str(toy))}) == 24 + 8
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(toy, tmp_path, monkeypatch, complaint):
     monkeypatch.setattr(tb, "world_size", lambda: 2)
     error = complaint(run_stage, "inv", toy, tmp_path, "--batch", 5)
