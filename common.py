@@ -1265,7 +1265,7 @@ class Batches:
                 for p in range(start, start + share):
                     lap, place = divmod(p, length)
                     i = shuffled(self.seed, k, lap, len(ids))[place]
-                    ids_to_try = np.take(ids, range(i, i + 10), mode="wrap").tolist()
+                    ids_to_try = [int(ids[(i + n) % len(ids)]) for n in range(10)]
                     key = k, lap, ids_to_try[0]
                     yield key, ids_to_try, [rng(self.seed, *key).random()]
 

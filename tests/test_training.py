@@ -59,6 +59,24 @@ def test_a_clip_lies_anywhere_in_its_video(toy, three_epochs):
     assert min(positions) < 0.2 and max(positions) > 0.8
 
 
+def test_to_choose_a_video_is_no_look_at_all_of_them():
+    """Of 240,000 that took longer than the rest of a step."""
+    class Ids:
+        looks = 0
+
+        def __len__(self):
+            return 1000
+
+        def __getitem__(self, i):
+            self.looks += 1
+            return range(1000)[i]
+
+    ids = Ids()
+    args = argparse.Namespace(size=16, stride=2, workers=0, batch=4)
+    source = tb.Batches([], [tb.Pool(ids, 4, False)], 250, 4, 0, args, torch.device("cpu"))
+    assert len(list(source.items(0, 3))) == 12 and ids.looks == 12 * 10
+
+
 def test_no_video_is_twice_in_an_epoch_and_labelled_ones_cycle(three_epochs):
     """Eq. 1 would take a second clip of a video for a negative."""
     for epoch in range(3):
