@@ -637,10 +637,11 @@ def augment_clips(clips, size, rngs, flip=True, area=0.3, jitter=0.4, hue=0.1, j
     frames of a clip. The defaults are stage 1's.
 
     clips: N of uint8 (T, H, W, 3) on any device; T is the same for all. rngs: N numpy Generators,
-    one for each clip. flip: mirror half of the clips. area: the crop keeps at least this share of
-    the frame. jitter: largest change of brightness, contrast and saturation, as a share. hue:
-    largest hue shift, as a share of the colour circle. jitter_prob, grey_prob: probabilities.
-    Returns uint8 (N, T, 3, size, size). ValueError for another number, shape or type."""
+    one for each clip. flip: mirror half of the clips. area: the crop keeps this share of the frame
+    or more (where it is wider than the frame, a little less). jitter: largest change of brightness,
+    contrast and saturation, as a share. hue: largest hue shift, as a share of the colour circle.
+    jitter_prob, grey_prob: probabilities. Returns uint8 (N, T, 3, size, size). ValueError for
+    another number, shape or type."""
     if len({len(clip) for clip in clips}) != 1 or len(clips) != len(rngs):
         raise ValueError(f"{len(clips)} clips, {len(rngs)} generators, or clips differ in length")
     if any(clip.shape[3:] != (3,) or clip.dtype != torch.uint8 for clip in clips):

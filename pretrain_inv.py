@@ -14,7 +14,7 @@ Writes: OUT/inv.pt, which holds the backbone, the projection head and the simila
     python pretrain_inv.py --data folder --root my --arch r3d_18 --init ./r3d_18.pth
         On your own videos, from public weights. The README has their address.
     torchrun --nproc-per-node 4 pretrain_inv.py --data ucf101
-        The paper's recipe on four GPUs: 250 epochs, 40 videos a step, of which each GPU has 10.
+        The paper's recipe on four GPUs: 250 epochs. Each GPU has 10 of a step's 40 videos.
         On one GPU of 80 GB: --checkpointing.
 """
 
