@@ -387,7 +387,8 @@ class ProjectionHead(nn.Sequential):
 
 
 class Embedder(nn.Module):
-    """g(f(x)), a backbone and its projection head, in one module for DistributedDataParallel."""
+    """g(f(x)), a backbone and its projection head, in one module for DistributedDataParallel. The
+    backbone's classifier is frozen."""
 
     def __init__(self, backbone):
         super().__init__()
@@ -638,7 +639,7 @@ def augment_clips(clips, size, rngs, flip=True, area=0.3, jitter=0.4, hue=0.1, j
 
     clips: N of uint8 (T, H, W, 3) on any device; T is the same for all. rngs: N numpy Generators,
     one for each clip. flip: mirror half of the clips. area: the crop keeps this share of the frame
-    or more (where it is wider than the frame, a little less). jitter: largest change of brightness,
+    or more (a little less where it is longer than the frame). jitter: largest change of brightness,
     contrast and saturation, as a share. hue: largest hue shift, as a share of the colour circle.
     jitter_prob, grey_prob: probabilities. Returns uint8 (N, T, 3, size, size). ValueError for
     another number, shape or type."""

@@ -5,7 +5,7 @@ teachers, their combined prediction is evaluated, too: by the plain mean and by 
 
 Reads:  run folders, of which every classifier is evaluated, or checkpoints; the test videos.
 Writes: results.json and predictions.csv into the folder of the checkpoints. Rows of results.json
-        stay until the same checkpoint is evaluated on the same data with as many clips and scales.
+        stay until the same checkpoint is evaluated on the same data with the same clips and scales.
 
     python evaluate.py
         All classifiers in runs/toy, in half a minute on a CPU. Prints chance, a table of accuracies

@@ -98,10 +98,8 @@ def main(argv=None):
             z, z_aug = of_clips.unflatten(0, (2, -1, n))  # (b, n, 128) each: clips
             g, g_aug = of_slices.unflatten(0, (2, -1, n))  # (b, n, 128) each: slices of long clips
             l_d1 = distinctive_loss(z, z_aug, args.temperature)  # Eq. 3
-            l_d2 = 0  # supplement D.2
-            for local in (z, z_aug):
-                for slices in (g, g_aug):
-                    l_d2 = l_d2 + unpooled_distinctive_loss(local, slices, args.temperature) / 4
+            l_d2 = sum(unpooled_distinctive_loss(local, slices, args.temperature)
+                       for local in (z, z_aug) for slices in (g, g_aug)) / 4  # supplement D.2
             loss = l_d1 + l_d2
             terms = {"l_d1": l_d1, "l_d2": l_d2}
             if args.invariant_weight:

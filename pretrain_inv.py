@@ -6,7 +6,7 @@ different. The training loop is lines 8 to 11 of the paper's Algorithm 1.
 Reads:  the training videos.
 Writes: OUT/inv.pt, which holds the backbone, the projection head and the similarity matrix of each
         video's clips (Eq. 5). Stage 2 fine-tunes the backbone. Stage 3 computes s from the
-        matrices. OUT/inv.log, a line of JSON for each epoch.
+        matrices. OUT/inv.log: the command, then a line of JSON for each epoch.
 
     python pretrain_inv.py
         On toy videos, in two minutes on a CPU. The loss ends near 1.4. Its value at chance is
