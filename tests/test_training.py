@@ -155,11 +155,13 @@ def test_compile_changes_no_step(toy, tmp_path, monkeypatch, float64):
 
     monkeypatch.setattr(torch, "compile", quickly)
     plain = first_step("labeled_only", toy, tmp_path)
-    assert not graphs
-    other = first_step("labeled_only", toy, tmp_path, "--compile", "--checkpointing")
-    torch.testing.assert_close(other, plain, rtol=1e-6, atol=1e-9)
     assert all(value.any() for value in plain.values())
-    assert len(graphs) == 5
+    counts = [len(graphs)]
+    for flags in (["--compile"], ["--compile", "--checkpointing"]):
+        other = first_step("labeled_only", toy, tmp_path, *flags)
+        torch.testing.assert_close(other, plain, rtol=1e-6, atol=1e-9)
+        counts.append(len(graphs))
+    assert counts in ([0, 5, 10], [0, 4, 8])  # torch 2.11 leaves out the stem
 
 
 # ---- The run: losses, learning rate, frozen weights ----------------------------------------------
