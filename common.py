@@ -1104,10 +1104,14 @@ def command(main):
 
 
 def print0(*text):
-    """Print above the progress bar, in torchrun's first process only."""
+    """print_above_bar in torchrun's first process only."""
     if rank() == 0:
-        tqdm.write(" ".join(map(str, text)))
-        sys.stdout.flush()  # a file or a pipe has the line at once, too
+        print_above_bar(*text)
+
+
+def print_above_bar(*text):
+    tqdm.write(" ".join(map(str, text)))
+    sys.stdout.flush()  # a file or a pipe has the line at once, too
 
 
 def rank():

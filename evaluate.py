@@ -21,7 +21,6 @@ import contextlib
 import csv
 import json
 import os
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -31,11 +30,11 @@ import numpy as np
 from common import (
     Embedder, Frames, UserError, Videos, autocast, barrier, build_model, centre_crop,
     combine_teachers, command, compare_clips, default_precision, fit_tstr, list_videos,
-    load_classifier, map_videos, new_parser, order_teachers, prepare, print0, ranged, rank,
-    read_checkpoint, read_videos, score_videos, to_input, weight_digest, write_text)  # before torch
+    load_classifier, map_videos, new_parser, order_teachers, prepare, print0, print_above_bar,
+    ranged, rank, read_checkpoint, read_videos, score_videos, to_input, weight_digest,
+    write_text)  # before torch
 
 import torch
-from tqdm import tqdm
 
 METRICS = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class"}
 TEACHERS = ("inv_ft.pt", "dist_ft.pt")
@@ -383,8 +382,7 @@ def predict(args, device):
     def show(i, top):  # in each process of torchrun, of its share of the videos
         if UNREADABLE not in top:
             classes = ", ".join(f"{c} {100 * p:.1f} %" for c, p in top.items())
-            tqdm.write(f"{names[i]}: {classes}")
-            sys.stdout.flush()
+            print_above_bar(f"{names[i]}:", classes)
 
     videos = Videos("", names, [-1] * len(names), saved["classes"])
     output = (args.output or args.checkpoint.parent) / "predictions.csv"
