@@ -5,7 +5,8 @@ teachers, their combined prediction is evaluated, too: by the plain mean and by 
 
 Reads:  run folders, of which every classifier is evaluated, or checkpoints; the test videos.
 Writes: results.json and predictions.csv into the folder of the checkpoints. Rows of results.json
-        stay until the same checkpoint is evaluated on the same data with the same clips and scales.
+        stay until the same checkpoint is evaluated on the same data with the same clips and scales;
+        predictions.csv is that of the last command.
 
     python evaluate.py
         All classifiers in runs/toy, in half a minute on a CPU. Prints chance, a table of accuracies
@@ -138,6 +139,9 @@ def evaluate_folder(folder, classifiers, args, device):
         if different:
             raise UserError(f"{folder}: {first} and {name} differ in {', '.join(different)}: "
                             "evaluate them one by one")
+        for key, what in {"arch": "networks", "labeled": "labelled videos"}.items():
+            if saved[key] != classifiers[first][key]:
+                print0(f"note: {first} and {name} have different {what}")
         for source, digest in saved["made_from"].items():
             if digests.get(source, digest) != digest:
                 print0(f"note: {source} has changed since {name} was made from it")
@@ -160,13 +164,20 @@ def evaluate_folder(folder, classifiers, args, device):
         together = combine_on_test_videos(p_inv, p_dist, teachers, folder, videos, args, device)
         for title, probabilities in together.items():
             p[title] = probabilities
-            described[title] = {**described[TEACHERS[0]], "checkpoint": title, "stage": "teachers",
-                                "init": None, **accuracies(probabilities, videos)}
+            described[title] = {
+                **described[TEACHERS[0]],
+                "checkpoint": title,
+                "stage": "teachers",
+                "init": None,
+                "epochs": min(saved["epoch"] for saved in teachers.values()),
+                "finished": all(saved["finished"] for saved in teachers.values()),
+                **accuracies(probabilities, videos),
+            }
     seconds = round(time.perf_counter() - begin, 1)  # for all of them
     results = sorted(({**r, "seconds": seconds} for r in described.values()), key=lambda r: (
         r["stage"] == "student", r["checkpoint"] != "labeled_only.pt"))
     print_results(folder, results)
-    if all(name in p for name in TEACHERS):
+    if "teachers, mean" in p:
         agree = [p_inv[i].argmax() == p_dist[i].argmax() for i in p_inv]
         print0(f"both teachers predict the same class for {100 * np.mean(agree):.1f} % of the test "
                "videos: there TSTR and the mean cannot differ")
@@ -211,6 +222,7 @@ def describe(name, saved, probabilities, videos, root, args):
         **{key: saved["args"][key] for key in ("init", "data", "split", "percent", "seed")},
         "root": root,
         "labeled_count": len(saved["labeled"]),
+        "labeled_set": saved["made_from"]["the set of labelled videos"],
         "epochs": saved["epoch"],
         "finished": saved["finished"],
         **accuracies(probabilities, videos),
@@ -397,15 +409,18 @@ def predict(args, device):
 def print_results(folder, results):
     rows = []
     for r in results:
-        name = r["checkpoint"]
-        if not r["finished"]:
-            name += f" (unfinished, epoch {r['epochs']})"
         low, high = wilson_interval(r["right"], r["videos"])
-        rows.append([name, r["labeled_count"], f"{r['right']} of {r['videos']}",
+        rows.append([title(r), r["labeled_count"], f"{r['right']} of {r['videos']}",
                      f"{low:.1f} to {high:.1f}", *(f"{r[key]:.1f}" for key in METRICS)])
     scales = " ".join(map(str, results[0]["scales"]))
     print_table([f"{folder}, clips {results[0]['clips']}, scales {scales}", "labels", "right",
                  "95 % interval", *METRICS.values()], rows)
+
+
+def title(result):
+    if result["finished"]:
+        return result["checkpoint"]
+    return f"{result['checkpoint']} (unfinished, epoch {result['epochs']})"
 
 
 def wilson_interval(right, count):
@@ -423,7 +438,7 @@ def print_means(results):
     rows_of = {}
     for r in results:
         data = r["root"] if r["data"] == "folder" else f"{r['data']} {r['split']}"
-        row = r["checkpoint"], data, r["arch"], r["labeled_count"]
+        row = title(r), data, r["arch"], r["labeled_count"]
         rows_of.setdefault(row, []).append(r)
     rows = []
     for row, same in rows_of.items():

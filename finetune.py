@@ -1,7 +1,7 @@
 """Stage 2 of TimeBalance: fine-tune both teachers on the labelled videos.
 
 The loss is the cross-entropy (Sec. 3.1.2; lines 17 to 21 of the paper's Algorithm 1). This stage
-also chooses the labelled videos, by --percent or --labeled-list.
+also chooses the labelled videos, by --percent, --per-class or --labeled-list.
 
 Reads:  the labelled videos, OUT/inv.pt and OUT/dist.pt.
 Writes: OUT/inv_ft.pt and OUT/dist_ft.pt, with a log each, and OUT/labeled.txt, the names and

@@ -11,8 +11,9 @@ Writes: OUT/inv.pt, which holds the backbone, the projection head and the simila
     python pretrain_inv.py
         On toy videos, in two minutes on a CPU. The loss ends near 1.4. Its value at chance is
         2.94.
-    python pretrain_inv.py --data folder --root my --arch r3d_18 --init ./r3d_18.pth
-        On your own videos, from public weights. The README has their address.
+    python pretrain_inv.py --data folder --root my --arch r3d_18 --size 112 --init ./r3d_18.pth
+        On your own videos, from public weights. The README has their address, and the flags for
+        fewer than 1,000 videos.
     torchrun --nproc-per-node 4 pretrain_inv.py --data ucf101
         The paper's recipe on four GPUs: 250 epochs. Each GPU has 10 of a step's 40 videos.
         On one GPU of 80 GB: --checkpointing.

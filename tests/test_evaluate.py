@@ -46,7 +46,8 @@ def save_classifier(path, root, order=None, frames=4, **changes):
             "seed": 0, "frames": frames, "stride": 1, "size": 16, "epochs": 7,
             "pretrained": "gone"}
     content = {"stage": "finetune", "arch": "r3d_tiny", "classes": classes, "labeled": ["0.avi"],
-               "epoch": 7, "finished": True, "args": args, "made_from": {},
+               "epoch": 7, "finished": True, "args": args,
+               "made_from": {"the set of labelled videos": "5e7"},
                "model": model.state_dict()}
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content | changes, path)
@@ -106,9 +107,9 @@ def test_two_classes_of_which_one_is_never_recognised(toy, tmp_path, capsys):
     assert result == {
         "checkpoint": "x_ft.pt", "stage": "finetune", "init": "inv.pt", "arch": "r3d_tiny",
         "data": "folder", "root": str(tmp_path / "data"), "split": 1, "percent": 10,
-        "labeled_count": 1, "seed": 0, "epochs": 7, "finished": True, "right": 6, "top1": 60,
-        "top5": 90, "mean_class_accuracy": 50, "videos": 10, "unreadable": 1,
-         "per_class": {"a": 100, "b, c": 0}, "clips": 2, "scales": [1, 0.8, 0.7]}
+        "labeled_count": 1, "labeled_set": "5e7", "seed": 0, "epochs": 7, "finished": True,
+        "right": 6, "top1": 60, "top5": 90, "mean_class_accuracy": 50, "videos": 10,
+        "unreadable": 1, "per_class": {"a": 100, "b, c": 0}, "clips": 2, "scales": [1, 0.8, 0.7]}
     (tmp_path / "data/test/a/0.avi").write_text("broken")
     with pytest.raises(SystemExit, match="2"):
         evaluate.main([str(run), *EVALUATE])
@@ -117,15 +118,15 @@ def test_two_classes_of_which_one_is_never_recognised(toy, tmp_path, capsys):
 
 def test_six_classes_have_top_5_and_runs_have_means(toy, tmp_path, capsys):
     """The baseline comes first, students last; the worst classes are those of student.pt. Means are
-    over runs of as many labels."""
+    over runs of as many labels, and not over finished and unfinished ones."""
     make_folder(tmp_path / "data", toy, dict.fromkeys("abcdef", 1) | {"b": 3})
     for run, order, names in [
             ("1", "abcdef", ["labeled_only.pt", "student.pt", "student_x.pt", "x_ft.pt"]),
-            ("2", "bacdef", ["student.pt", "x_ft.pt"])]:
+            ("2", "bacdef", ["student.pt", "student_x.pt", "x_ft.pt"])]:
         for name in names:
             save_classifier(tmp_path / run / name, tmp_path / "data", order,
                             stage="student" if "student" in name else "finetune",
-                            finished=name != "x_ft.pt", epoch=3,
+                            finished=name != "x_ft.pt" and run + name != "2student_x.pt", epoch=3,
                             labeled=["1", "2"] if (run, name) == ("2", "x_ft.pt") else [run])
     evaluate.main([str(tmp_path / "1"), str(tmp_path / "2"), *EVALUATE])
     first, second, means = re.split(r"\n\n", capsys.readouterr().out.strip())
@@ -138,23 +139,29 @@ def test_six_classes_have_top_5_and_runs_have_means(toy, tmp_path, capsys):
     settings = [str(tmp_path / "data"), "r3d_tiny", "1"]
     assert cells(means, "student.pt")[1:] == [
         *settings, "2", "25.0 ± 17.7", "87.5 ± 0.0", "16.7 ± 0.0"]
-    assert cells(means, "student_x.pt")[1:6] == [*settings, "1", "12.5 ± 0.0"]
+    assert cells(means, "student_x.pt (unfinished, epoch 3)")[1:6] == [
+        *settings, "1", "37.5 ± 0.0"]
+    note = "note: student.pt and x_ft.pt have different labelled videos"
+    assert note in second and note not in first
     assert cells(means, "x_ft.pt")[3:5] == ["2", "1"]  # labels, runs
 
 
 def test_how_often_the_teachers_agree_is_printed(toy, tmp_path, capsys):
-    """Their rows go with them."""
+    """Their rows go with them, and are unfinished as long as one of both is."""
     make_folder(tmp_path / "data", toy, dict.fromkeys("ab", 1))
     for name, order in {"inv_ft": "ab", "dist_ft": "ba"}.items():
         save_classifier(tmp_path / f"{name}.pt", tmp_path / "data", order,
-                        pretrained_by=f"pretrain_{name[:-3]}")
+                        pretrained_by=f"pretrain_{name[:-3]}", epoch=3 if order == "ba" else 7,
+                        finished=order == "ab")
     evaluate.main([str(tmp_path), *EVALUATE])
     printed = capsys.readouterr().out
     assert "both teachers predict the same class for 0.0 % of the test videos" in printed
+    assert "| teachers, mean (unfinished, epoch 3) " in printed
     names = [[r["checkpoint"] for r in read_results(tmp_path)]]
     save_classifier(tmp_path / "inv_ft.pt", tmp_path / "data", labeled=["another"])
     evaluate.main([str(tmp_path), *EVALUATE])
-    assert "fine-tuned on different labelled videos" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "fine-tuned on different labelled videos" in printed and "same class" not in printed
     names.append([r["checkpoint"] for r in read_results(tmp_path)])
     assert names == [["dist_ft.pt", "inv_ft.pt", *more] for more in (["teachers, mean"], [])]
 

@@ -249,6 +249,8 @@ def test_the_first_step_is_the_paper_s(stage, flags, chain, toy, tmp_path, monke
         distances = (s * p_inv + (1 - s) * p_dist - p).square().sum(1)
         terms["l_sup"] = -log_p[16:].mean()
         terms["l_unsup"], terms["l_unsup_labeled"] = distances.view(2, 16).mean(1)
+        terms["weight_inv"] = s[:16].mean()  # of the unlabelled ones
+        terms["agreement"] = (p_inv.argmax(1) == p_dist.argmax(1))[:16].float().mean()
         loss = terms["l_sup"] + 3 * (terms["l_unsup"] + 0.5 * terms["l_unsup_labeled"])
     for name, value in {"loss": loss, **terms}.items():
         assert found[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
