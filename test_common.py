@@ -236,8 +236,8 @@ def test_labelled_subsets_are_nested_and_depend_on_the_seed():
 
 # ---- A tiny chain of all stages, with the label firewall -----------------------------------------
 
-TINY = ("--size 16 --frames 8 --epochs 2 --batch 4 --precision fp32 --device cpu --workers 0 "
-        "--warmup 1").split()
+TINY = ("--size 16 --frames 8 --stride 2 --epochs 2 --batch 4 --precision fp32 --device cpu "
+        "--workers 0 --warmup 1").split()
 STAGES = {"inv": (pretrain_inv, ["--clips", "2"]), "dist": (pretrain_dist, ["--clips", "2"]),
           "ft": (finetune, []), "labeled_only": (finetune, ["--init", "none"]),
           "student": (train_student, [])}
@@ -255,9 +255,10 @@ def run_stage(stage, root, out, *flags):
     STAGES[stage][0].main(stage_argv(stage, root, out, *flags))
 
 
-def run_chain(root, out, *finetune_flags):
+def run_chain(root, out, *finetune_flags, split=1):
     for stage in STAGES:
-        run_stage(stage, root, out, *(finetune_flags if STAGES[stage][0] is finetune else ()))
+        flags = finetune_flags if STAGES[stage][0] is finetune else ()
+        run_stage(stage, root, out, "--split", split, *flags)
     evaluate.main([str(out), *EVALUATE])
 
 
@@ -303,6 +304,7 @@ class TestChain:
     def test_each_stage_leaves_its_checkpoint_and_its_log(self, name, chain):
         saved = load(chain, name)
         assert saved["finished"] and saved["epoch"] == 2 and len(saved["classes"]) == 8
+        assert {"optimizer", "scheduler"} <= saved.keys()
         tb.build_model("r3d_tiny", 8).load_state_dict(saved["model"])  # strict: the head is apart
         assert ("similarity" in saved) == (name.removesuffix("_ft") in ("inv", "dist"))
         _, *epochs = read_log(chain, name)
@@ -312,15 +314,11 @@ class TestChain:
     def test_every_classifier_is_evaluated(self, chain):
         results = read_results(chain)
         assert [r["checkpoint"] for r in results] == EVALUATED
-        for r in results:
-            assert r["videos"] == 8 and r["labeled_count"] == 8
-            assert 0 <= r["top1"] <= r["top5"] <= 100
-            # one test video a class
-            assert r["top1"] == pytest.approx(np.mean(list(r["per_class"].values())))
+        assert all(r["videos"] == r["labeled_count"] == 8 for r in results)
 
     def test_label_firewall(self, chain, toy, tmp_path):
         """Stages see the labels of the labelled videos alone. All other videos move to another
-        class: the same weights come out; the evaluation, which reads the test labels, changes."""
+        class, in lists of split 2: the same weights come out, but not the same accuracies."""
         args = [argparse.Namespace(**{**load(chain, name)["args"], "out": tmp_path})
                 for name in ("inv", "inv_ft")]
         assert (tb.training_videos(args[0]).labels == -1).all()
@@ -340,8 +338,10 @@ class TestChain:
                 moved = c if f"{c}/{video}" in labeled else other
                 (root / "UCF-101" / c / video).rename(root / "UCF-101" / moved / video)
                 names.append(f"{moved}/{video}")
-            file.write_text("\n".join(names))
-        run_chain(root, tmp_path / "out", "--labeled-list", chain / "labeled.txt")
+            file.rename(file.with_name(f"{part}list02.txt")).write_text("\n".join(names))
+        run_chain(root, tmp_path / "out", "--labeled-list", chain / "labeled.txt", split=2)
         for name in CHECKPOINTS:
             assert same(load(chain, name)["model"], load(tmp_path / "out", name)["model"]), name
-        assert read_results(chain) != read_results(tmp_path / "out")
+        before, after = ([r["per_class"] for r in read_results(out)]
+                         for out in (chain, tmp_path / "out"))
+        assert before != after

@@ -292,6 +292,16 @@ def test_rows_of_many_forms_are_read_and_those_that_fit_two_videos_refused(row, 
 
 # ---- Toy videos ----------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("percent, seed, per_class", [(50, 1, None), (None, 0, 2)])
+def test_the_labelled_videos_are_those_of_the_flags(percent, seed, per_class, toy):
+    args = argparse.Namespace(data="toy", root=toy, split=1, pool="train", labeled_list=None,
+                              percent=percent, subset_seed=seed, per_class=per_class)
+    videos = tb.read_videos("toy", toy, True)
+    expected = tb.labeled_subset(videos.names, videos.labels, percent or 100, seed, per_class)
+    labeled, _ = tb.labeled_and_all_videos(args)
+    assert len(labeled) == 16 and labeled.tolist() == expected.tolist()
+
+
 def test_rendering_that_was_interrupted_gives_the_same_files(toy, tmp_path):
     shutil.copytree(toy / "UCF-101/Bars", tmp_path / "toy.part/UCF-101/Bars")
     next(tmp_path.glob("*/*/*/*.avi")).write_bytes(b"half a video")

@@ -10,8 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms.v2 import functional as TF
 
 import common as tb
-from conftest import earlier_checkpoints, moving_frames, smooth_clips
-from test_common import run_stage
+from conftest import moving_frames, smooth_clips
 
 FUNCTIONS = {  # each takes (B, n, d) or (B, C), twice
     "invariant": lambda z, _: tb.invariant_loss(z),
@@ -243,20 +242,21 @@ def test_projection_head_is_the_paper_s():
     kinds = [type(module).__name__ for module in head]
     assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]
     assert head[3].bias is None
-    assert head(torch.randn(4, 2048)).norm(dim=1).allclose(torch.ones(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        z = head(torch.randn(4, 2048))
+    assert z.dtype == torch.float32 and z.norm(dim=1).allclose(torch.ones(4))
 
 
 def test_embedder_pools_short_clips_and_slices_long_ones():
+    """Slices of two time steps. All rows are one batch of the head's BatchNorm."""
     torch.manual_seed(0)
-    embedder = tb.Embedder(tb.build_model("r3d_tiny", 3)).eval()
+    embedder = tb.Embedder(tb.build_model("r3d_tiny", 3))
     x = torch.randn(6, 3, 16, 32, 32)
-    z = embedder(x, num_long=2, slices=4)
+    z = embedder(x, num_long=2, slices=2)
     f = embedder.backbone.features(x)
-    assert z.shape == (4 + 2 * 4, 128)
-    assert torch.allclose(z[:4], embedder.head(f[:4].mean(2)), atol=1e-6)
-    for long, t in np.ndindex(2, 4):  # slice t of long clip `long`
-        expected = embedder.head(f[4 + long, :, t][None])[0]
-        assert torch.allclose(z[4 + 4 * long + t], expected, atol=1e-6)
+    slices = [f[4 + long, :, 2 * t:2 * t + 2].mean(1) for long, t in np.ndindex(2, 2)]
+    expected = embedder.head(torch.stack([*f[:4].mean(2), *slices]))
+    assert z.shape == (4 + 2 * 2, 128) and torch.allclose(z, expected, atol=1e-5)
     for name, p in embedder.backbone.named_parameters():
         assert p.requires_grad != name.startswith("fc.")  # all but the classifier are trained
 
@@ -307,17 +307,3 @@ def test_what_does_not_fit_is_named(content):
     with pytest.raises(tb.UserError, match="any.pt: .* tensors of the network .*stem.0.weight"):
         tb.start_from(model, "any.pt", content)
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
-
-
-@pytest.mark.parametrize("stage, flags", [
-    ("inv", []), ("dist", []), ("ft", []), ("student", ["--teachers", "none"])])
-def test_no_stage_starts_from_random_weights_unasked(stage, flags, chain, toy, tmp_path, complaint):
-    earlier_checkpoints(chain, tmp_path, stage)
-    for content in (b"", {}, {"optimizer": {"state": {}}}):
-        file = tmp_path / "any.pt"
-        file.write_bytes(b"")
-        if content != b"":
-            torch.save(content, file)
-        before = set(tmp_path.glob("*.pt"))
-        assert f"{file}: " in complaint(run_stage, stage, toy, tmp_path, "--init", file, *flags)
-        assert set(tmp_path.glob("*.pt")) == before

@@ -1,5 +1,7 @@
 """Several processes, under torchrun: they compute what one does; the job goes on if one dies."""
 
+import argparse
+import math
 import shutil
 import socket
 import subprocess
@@ -14,7 +16,8 @@ import common as tb
 import evaluate
 import pretrain_inv
 from conftest import die
-from test_common import EVALUATE, HERE, load, read_log, read_results, run_stage, same, stage_argv
+from test_common import (
+    EVALUATE, HERE, STAGES, load, read_log, read_results, run_stage, same, stage_argv)
 
 
 def run_in_two(main, *argv, nodes=1, max_restarts=0):
@@ -45,6 +48,28 @@ def whole(toy, tmp_path_factory):
                     "--nproc-per-node=2", "pretrain_inv.py", *stage_argv("inv", toy, out)],
                    cwd=HERE, check=True, timeout=150)
     return out
+
+
+def test_the_similarities_are_those_of_the_network_that_is_saved(whole, toy):
+    """On CPUs each process had BatchNorm statistics of its own."""
+    saved = load(whole, "inv")
+    embedder = tb.Embedder(tb.build_model("r3d_tiny", 8))
+    embedder.backbone.load_state_dict(saved["model"])
+    embedder.head.load_state_dict(saved["head"])
+    videos = tb.read_videos("toy", toy, True)
+    rows = tb.compare_clips(embedder, videos, argparse.Namespace(**saved["args"]),
+                            torch.device("cpu"))
+    assert saved["similarity_names"] == videos.names
+    assert torch.allclose(torch.stack(list(rows.values())), saved["similarity"], atol=1e-5)
+
+
+@pytest.mark.parametrize("stage, flags, term", [
+    ("inv", [], "loss"), ("dist", ["--invariant-weight", 1, "--name", "dist"], "l_i")])
+def test_negatives_are_of_all_processes(stage, flags, term, toy, tmp_path):
+    """At so high a temperature the loss is at chance: of four videos ln 7, of two ln 3."""
+    argv = stage_argv(stage, toy, tmp_path, "--epochs", 1, "--temperature", 1000, *flags)
+    assert run_in_two(STAGES[stage][0].main, argv) == [0]
+    assert read_log(tmp_path, stage)[1][term] == pytest.approx(math.log(7), abs=0.01)
 
 
 def gradients(net, videos):

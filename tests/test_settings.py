@@ -25,12 +25,15 @@ def test_later_stages_take_settings_from_checkpoints_and_a_flag_overrides_them(t
     assert "--size 24 in place of 16, of inv.pt" in capsys.readouterr().out
     train_student.main(few)
     run_stage("student", toy, tmp_path, "--epochs", 1, "--teachers", "none", "--init", "dist.pt",
-              "--name", "alone")
+              "--name", "alone", "--batch", 16)
     made = {**load(tmp_path, "inv")["args"], "no_flip": True}
     for name, size in {"inv_ft": 24, "dist_ft": 24, "student": 24, "alone": 16}.items():
         taken = load(tmp_path, name)["args"]
         assert taken["size"] == size, name
         assert all(taken[key] == made[key] for key in ("data", "root", "arch", "no_flip")), name
+    steps = [load(tmp_path, name)["model"]["stem.1.num_batches_tracked"]
+             for name in ("student", "alone")]
+    assert steps[0] == steps[1] > 1  # that makes the control fair
 
 
 def test_every_command_of_the_ablations_table_runs_in_order(chain, toy, tmp_path):
@@ -96,6 +99,7 @@ def mistaken(chain, tmp_path_factory):
     teacher = load(chain, "inv_ft")
     torch.save({**teacher, "classes": teacher["classes"][:5]}, folder / "other.pt")
     torch.save({**teacher, "finished": False}, folder / "begun.pt")
+    torch.save({**teacher, "labeled": teacher["labeled"][1:]}, folder / "fewer.pt")
     return folder
 
 
@@ -112,12 +116,14 @@ MISTAKES = {  # the flags, and what the line names
     finetune: {
         "--percent 101": "--percent", "--init no.pt": "no.pt", "--out OUT/none": "inv.pt",
         "--init again.pt": "again.pt", "--init broken.pt": "broken.pt",
-        "--init text.pt": "text.pt", "--arch r3d_18": "--arch r3d_18 contradicts inv.pt",
+        "--init text.pt": "text.pt", "--init OUT/empty.txt": "empty.txt",
+        "--arch r3d_18": "--arch r3d_18 contradicts inv.pt",
         "--labeled-list no.txt": "no.txt", "--labeled-list OUT/empty.txt": "names no video",
         "--percent 5 --labeled-list no.txt": "--labeled-list"},
     train_student: {
         "--teachers inv.pt dist.pt": "inv.pt", "--teachers inv_ft.pt inv_ft.pt": "--teachers",
         "--teachers other.pt": "classes", "--teachers begun.pt": "unfinished",
+        "--teachers inv_ft.pt fewer.pt": "fewer.pt was fine-tuned on different labelled videos",
         "--reweight 2": "--reweight", "--init nothing.pt": "nothing.pt",
         "--percent 50": "--percent 50.0 contradicts inv_ft.pt, made with 6",
         "--subset-seed 1": "--subset-seed 1", "--labeled-list no.txt": "contradicts inv_ft.pt",
