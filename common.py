@@ -47,8 +47,6 @@ from tqdm import tqdm
 
 
 # ==== Losses and TSTR =============================================================================
-# invariant_loss, distinctive_loss, unpooled_distinctive_loss, distillation_loss;
-# temporal_similarity, similarity_score, combine_teachers, score_videos
 def at_least_float32(x):
     """float32 of lower precisions; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -215,7 +213,6 @@ def score_videos(names, c_inv, c_dist):
 
 
 # ==== Models and public weights ===================================================================
-# build_model, R3D, SlowR50, ProjectionHead, Embedder, load_backbone
 class Backbone(nn.Module):
     """What both networks share: list_blocks(), the stem and the residual blocks in their order."""
     checkpointing = False  # recompute each block's activations in the backward pass
@@ -444,7 +441,6 @@ def find_weights(saved):
 
 
 # ==== Video: decoding, clips, augmentation ========================================================
-# decode_frames, clip_indices, rng, augment_clips, centre_crop, to_input
 # Containers with an index, and the codecs of which every packet is one frame that is shown: there a
 # seek is exact.
 INTRA = {"mjpeg", "prores", "dnxhd", "dvvideo", "ffv1", "huffyuv", "rawvideo", "png"}
@@ -501,7 +497,7 @@ def decode_frames(path, indices, short_side=None):
         if keyframes:
             start = max(i for i in keyframes if i <= first)
             found = seek(container, stream, keyframes[start], timestamps[start:last + 1])
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(av.FFmpegError, ValueError):
                 frames, _ = pick_frames(found, start, wanted, short_side)
                 if frames is not None:
                     return frames
@@ -554,8 +550,7 @@ def seek(container, stream, position, timestamps):
     """The frames with these timestamps, from a key frame on. ValueError unless they prove the seek:
     the first comes from that very packet and is a key frame; each has the next timestamp, and is
     not interlaced (whose two fields may be two packets); nothing is damaged."""
-    with contextlib.suppress(av.FFmpegError):  # the file's own index may know no key frame
-        container.seek(timestamps[0], stream=stream)
+    container.seek(timestamps[0], stream=stream)
     packets = itertools.dropwhile(lambda packet: packet.pos != position, container.demux(stream))
     frames = (frame for packet in packets for frame in packet.decode())
     frames = itertools.dropwhile(lambda frame: not frame.key_frame, frames)
@@ -723,9 +718,8 @@ def to_input(clips, model):
 
 
 # ==== Data sets, labelled subset, toy videos ======================================================
-# read_videos, Videos, list_videos, labeled_subset, read_labeled_list, render_toy
 class UserError(Exception):
-    """A mistake in arguments or input: `command` makes it one line on stderr and exit status 2."""
+    """A mistake in arguments or input, see command()."""
 
 
 SUFFIXES = tuple("""
@@ -809,8 +803,7 @@ def read_hmdb51(root, train, split, pool):
     lists = root / "testTrainMulti_7030_splits"
     ending = f"_test_split{split}.txt"
     codes = "2" if not train else "1" if pool == "train" else "01"
-    classes = [file.removesuffix(ending) for file in sorted(os.listdir(lists))
-               if file.endswith(ending)]
+    classes = [path.name.removesuffix(ending) for path in sorted(lists.glob(f"*{ending}"))]
     class_of = {}
     for c in classes:
         for row in read_lines(lists / (c + ending)):
@@ -910,7 +903,6 @@ def labeled_subset(names, labels, percent=100, seed=0, per_class=None):
     if labels.shape != (len(names),) or not 0 < percent <= 100:
         raise ValueError(f"{len(names)} names, labels of shape {labels.shape}, {percent} per cent: "
                          "expected a label for each name, and a share in (0, 100]")
-
     chosen = []
     for c in np.unique(labels[labels >= 0]):
         members = sorted(np.flatnonzero(labels == c), key=lambda i: hashlib.sha256(
@@ -1050,11 +1042,7 @@ def render_toy(root, train=400, test=200):
         raise UserError(f"{root} is not empty: toy videos need a new --root (is --data missing?)")
     part = root.with_name(f"{root.name}.part")  # renamed when it is complete
     classes = [*TOY_PATTERNS, *TOY_MOVES]
-    lists = {
-        "classInd": [f"{k} {c}\n" for k, c in enumerate(classes, 1)],
-        "testlist01": [],
-        "trainlist01": [],
-    }
+    rows = []  # of the lists, the test videos first
     for i in tqdm(range(train + test), desc=f"rendering toy videos into {root}", disable=None):
         k, label = divmod(i, len(classes))
         c = classes[label]
@@ -1068,19 +1056,17 @@ def render_toy(root, train=400, test=200):
             for frame in toy_clip(label, rng(0, int.from_bytes(name.encode(), "big"))):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
             container.mux(stream.encode())
-        if i < test:
-            lists["testlist01"].append(f"{name}\n")
-        else:
-            lists["trainlist01"].append(f"{name} {label + 1}\n")
-    (part / "ucfTrainTestlist").mkdir(exist_ok=True)
-    for name, lines in lists.items():
-        (part / "ucfTrainTestlist" / f"{name}.txt").write_text("".join(lines))
+        rows.append(f"{name}\n" if i < test else f"{name} {label + 1}\n")
+    lists = part / "ucfTrainTestlist"
+    lists.mkdir(exist_ok=True)
+    (lists / "classInd.txt").write_text("".join(f"{k} {c}\n" for k, c in enumerate(classes, 1)))
+    (lists / "testlist01.txt").write_text("".join(rows[:test]))
+    (lists / "trainlist01.txt").write_text("".join(rows[test:]))
     (part / "toy.json").write_text(json.dumps({"version": version, "train": train, "test": test}))
     part.rename(root)
 
 
 # ==== Training: processes, Batches, State, checkpoints ============================================
-# command, all_gather, distribute, warm_up, Batches, State, read_checkpoint: without torchrun, too
 def command(main):
     """Make main(argv=None) a command: a UserError is one line on stderr and exit status 2, Ctrl-C
     is one line and exit status 1."""
@@ -1103,15 +1089,11 @@ def command(main):
     return run
 
 
-def print0(*text):
-    """print_above_bar in torchrun's first process only."""
-    if rank() == 0:
-        print_above_bar(*text)
-
-
-def print_above_bar(*text):
-    tqdm.write(" ".join(map(str, text)))
-    sys.stdout.flush()  # a file or a pipe has the line at once, too
+def print0(*text, everywhere=False):
+    """Print above a bar, in torchrun's first process only, or everywhere."""
+    if everywhere or rank() == 0:
+        tqdm.write(" ".join(map(str, text)))
+        sys.stdout.flush()  # a file or a pipe has the line at once, too
 
 
 def rank():
@@ -1228,8 +1210,7 @@ def leave_ctrl_c_to_parent(_worker):
 Pool = namedtuple("Pool", "ids batch cycle")
 
 # The frames of each video, uint8 (T, H, W, 3) on the device; its id; and its key (pool, lap, id).
-# The key and the seed determine all random draws for the video. If the ids differ, it replaces one
-# that cannot be decoded.
+# The key and the seed determine all random draws for the video.
 Batch = namedtuple("Batch", "videos ids keys")
 
 
@@ -1261,8 +1242,7 @@ class Batches:
 
     def items(self, first, last):
         """This process's (key, [id and those that may replace it], [random position]) of the steps
-        from `first` to before `last`: a consecutive part of each pool's batch. A pool is one
-        endless sequence of laps, each in a new order."""
+        from `first` to before `last`: a consecutive part of each pool's batch."""
         for step in range(first, last):
             for k, (ids, batch, cycle) in enumerate(self.pools):
                 length = len(ids) if cycle else self.steps * batch
@@ -1572,7 +1552,6 @@ def load_classifier(saved, device):
 
 
 # ==== Passes over videos, and arguments ===========================================================
-# training_videos, labeled_and_all_videos, matrices_for_tstr, compare_clips, recipe, start
 def training_videos(args):
     """The training videos of --data, all labels hidden."""
     videos = read_training_videos(args)
@@ -1583,8 +1562,7 @@ def training_videos(args):
 def labeled_and_all_videos(args, teachers={}):
     """Sorted ids of the labelled videos, and all training videos, with no label but theirs.
 
-    teachers: {name: content} of the checkpoints that were fine-tuned on them; without any, the
-    labelled videos are drawn, or read from --labeled-list."""
+    teachers: {name: content} of the checkpoints that were fine-tuned on them."""
     videos = read_training_videos(args)
     if teachers:
         labeled = find_labeled(videos, teachers)
@@ -1686,9 +1664,7 @@ def compare_clips(embedder, videos, args, device):
 
 
 def recipe(data, stage):
-    """The defaults that depend on the stage, by its name in the checkpoint, or on the data set.
-
-    The paper names no batch and no epochs of fine-tuning: these are from the authors' code."""
+    """The defaults that depend on the stage, by its name in the checkpoint, or on the data set."""
     ssl = stage.startswith("pretrain")
     settings = {
         "data": data,
@@ -1879,10 +1855,8 @@ def prepare(args):
 
 
 def default_precision(device):
-    """bf16 where the hardware has it, rather than emulates it, and is right, else fp32.
-
-    Of CPUs those with AMX. On others with AVX-512 oneDNN 3.12 leaves parts of the weights' gradient
-    unwritten, of a 3 x 3 x 3 convolution over two time steps, as the tail of r3d has in stage 3."""
+    """bf16 where the hardware has it, rather than emulates it, and is right (of CPUs those with
+    AMX, docs/performance.md), else fp32."""
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(False) else "fp32"
     return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"

@@ -31,9 +31,8 @@ import numpy as np
 from common import (
     Embedder, Frames, UserError, Videos, autocast, barrier, build_model, centre_crop,
     combine_teachers, command, compare_clips, default_precision, fit_tstr, list_videos,
-    load_classifier, map_videos, new_parser, order_teachers, prepare, print0, print_above_bar,
-    ranged, rank, read_checkpoint, read_videos, score_videos, to_input, weight_digest,
-    write_text)  # before torch
+    load_classifier, map_videos, new_parser, order_teachers, prepare, print0, ranged, rank,
+    read_checkpoint, read_videos, score_videos, to_input, weight_digest, write_text)  # before torch
 
 import torch
 
@@ -81,9 +80,9 @@ def main(argv=None):
         if args.output:  # two run folders may share it
             rows = [{**row, "folder": str(folder)} for row in rows]
         try:
-            require_writable((args.output or folder) / "predictions.csv")
+            open((args.output or folder) / "predictions.csv", "a").close()
             write_results(args.output or folder, rows)
-        except UserError as error:
+        except (OSError, UserError) as error:
             problems.append(f"{error}{ELSEWHERE}")
     if len(found) > 1:
         print_means(results)
@@ -133,10 +132,8 @@ def evaluate_folder(folder, classifiers, args, device):
     trained = classifiers[first]["args"]
     digests = {name: weight_digest(saved) for name, saved in classifiers.items()}
     for name, saved in classifiers.items():
-        other = saved["args"]
-        different = [key for key in ("data", "split", "frames", "stride", "size")
-                     if other[key] != trained[key]]
-        if different:
+        if different := [key for key in ("data", "split", "frames", "stride", "size")
+                         if saved["args"][key] != trained[key]]:
             raise UserError(f"{folder}: {first} and {name} differ in {', '.join(different)}: "
                             "evaluate them one by one")
         for key, what in {"arch": "networks", "labeled": "labelled videos"}.items():
@@ -155,15 +152,16 @@ def evaluate_folder(folder, classifiers, args, device):
             raise UserError(f"{unreadable} of {len(videos)} test videos cannot be decoded: repair "
                             "or remove them")
         print0(f"{unreadable} test videos cannot be decoded and count as wrong")
-    p = {name: {i: row[k] for i, row in rows.items()} for k, name in enumerate(classifiers)}
-    described = {name: describe(name, saved, p[name], videos, root, args)
+    ids = list(rows)
+    p = dict(zip(classifiers, torch.stack(list(rows.values()), 1)))  # (N, C) of each
+    described = {name: describe(name, saved, p[name], ids, videos, root, args)
                  for name, saved in classifiers.items()}
     if all(name in classifiers for name in TEACHERS):
         teachers = order_teachers({name: classifiers[name] for name in TEACHERS})
         p_inv, p_dist = (p[name] for name in teachers)
-        together = combine_on_test_videos(p_inv, p_dist, teachers, folder, videos, args, device)
-        for title, probabilities in together.items():
-            p[title] = probabilities
+        both = combine_on_test_videos(p_inv, p_dist, ids, teachers, folder, videos, args, device)
+        p |= both
+        for title in both:
             described[title] = {
                 **described[TEACHERS[0]],
                 "checkpoint": title,
@@ -171,18 +169,18 @@ def evaluate_folder(folder, classifiers, args, device):
                 "init": None,
                 "epochs": min(saved["epoch"] for saved in teachers.values()),
                 "finished": all(saved["finished"] for saved in teachers.values()),
-                **accuracies(probabilities, videos),
+                **accuracies(p[title], ids, videos),
             }
     seconds = round(time.perf_counter() - begin, 1)  # for all of them
     results = sorted(({**r, "seconds": seconds} for r in described.values()), key=lambda r: (
         r["stage"] == "student", r["checkpoint"] != "labeled_only.pt"))
     print_results(folder, results)
     if "teachers, mean" in p:
-        agree = [p_inv[i].argmax() == p_dist[i].argmax() for i in p_inv]
-        print0(f"both teachers predict the same class for {100 * np.mean(agree):.1f} % of the test "
+        agree = (p_inv.argmax(1) == p_dist.argmax(1)).double().mean()
+        print0(f"both teachers predict the same class for {100 * agree:.1f} % of the test "
                "videos: there TSTR and the mean cannot differ")
     last = "student.pt" if "student.pt" in p else results[-1]["checkpoint"]
-    print0(f"worst classes of {last}:", "; ".join(worst_classes(p[last], videos)) + "\n")
+    print0(f"worst classes of {last}:", "; ".join(worst_classes(p[last], ids, videos)) + "\n")
     return results
 
 
@@ -206,14 +204,7 @@ def write_results(folder, results):
     write_text(path, json.dumps(kept + results, indent=1))
 
 
-def require_writable(path, hint=""):
-    try:
-        open(path, "a").close()
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}{hint}") from None
-
-
-def describe(name, saved, probabilities, videos, root, args):
+def describe(name, saved, p, ids, videos, root, args):
     """The object of results.json of a classifier, but for the seconds."""
     return {
         "checkpoint": name,
@@ -225,38 +216,36 @@ def describe(name, saved, probabilities, videos, root, args):
         "labeled_set": saved["made_from"]["the set of labelled videos"],
         "epochs": saved["epoch"],
         "finished": saved["finished"],
-        **accuracies(probabilities, videos),
-        "unreadable": len(videos) - len(probabilities),
+        **accuracies(p, ids, videos),
+        "unreadable": len(videos) - len(ids),
         "clips": args.clips,
         "scales": args.scales,
     }
 
 
-def accuracies(probabilities, videos):
-    """Per cent of all videos, from {id: (C,)}; a video without probabilities is wrong."""
-    right = np.zeros(len(videos), bool)
-    in_top5 = np.zeros(len(videos), bool)
-    for i, p in probabilities.items():
-        best = p.topk(min(5, len(p))).indices.tolist()
-        right[i] = best[0] == videos.labels[i]
-        in_top5[i] = videos.labels[i] in best
+def accuracies(p, ids, videos):
+    """Per cent of all videos, from p (N, C) of those with these ids; the others are wrong."""
+    hits = np.zeros((len(videos), min(5, len(videos.classes))), bool)  # by each of the top five
+    hits[ids] = p.topk(hits.shape[1]).indices.numpy() == videos.labels[ids, None]
+    right = hits[:, 0]
     per_class = {videos.classes[c]: 100 * float(right[videos.labels == c].mean())
                  for c in np.unique(videos.labels)}
     return {
         "right": int(right.sum()),
         "top1": 100 * float(right.mean()),
-        "top5": 100 * float(in_top5.mean()),
+        "top5": 100 * float(hits.any(1).mean()),
         "mean_class_accuracy": float(np.mean(list(per_class.values()))),
         "videos": len(videos),
         "per_class": per_class,
     }
 
 
-def worst_classes(probabilities, videos):
+def worst_classes(p, ids, videos):
     """Of the three classes with the lowest accuracies: what their videos were taken for."""
+    predicted = dict(zip(ids, p.argmax(1)))
     taken_for = {}
     for i, label in enumerate(videos.labels.tolist()):
-        best = videos.classes[probabilities[i].argmax()] if i in probabilities else UNREADABLE
+        best = videos.classes[predicted[i]] if i in predicted else UNREADABLE
         taken_for.setdefault(videos.classes[label], Counter())[best] += 1
     share = {c: counts[c] / counts.total() for c, counts in taken_for.items()}
     for c in sorted(share, key=share.get)[:3]:
@@ -264,13 +253,12 @@ def worst_classes(probabilities, videos):
         yield f"{c} {100 * share[c]:.1f} (taken for {', '.join(wrong[:3]) or 'nothing else'})"
 
 
-def combine_on_test_videos(p_inv, p_dist, teachers, folder, videos, args, device):
-    """Eq. 7 on the test videos, {row's name: {id: (C,)}}: with s = 1/2, and with s of Eq. 6 if the
-    networks of stage 1 are there. Empty if both teachers were fine-tuned on different labels.
+def combine_on_test_videos(p_inv, p_dist, ids, teachers, folder, videos, args, device):
+    """Eq. 7 on the test videos with these ids, {row's name: (N, C)}: with s = 1/2, and with s of
+    Eq. 6 if the networks of stage 1 are there. Empty if the teachers' labelled videos differ.
 
-    p_inv, p_dist: {id: (C,)}. teachers: {name: content} of their checkpoints."""
+    p_inv, p_dist: (N, C). teachers: {name: content} of their checkpoints."""
     inv, dist = teachers.values()
-    ids = list(p_inv)
     if inv["labeled"] != dist["labeled"]:
         print0("no rows of both teachers: they were fine-tuned on different labelled videos")
         return {}
@@ -279,10 +267,7 @@ def combine_on_test_videos(p_inv, p_dist, teachers, folder, videos, args, device
         scores["teachers, TSTR"] = score_test_videos(ids, teachers, folder, videos, args, device)
     except UserError as error:
         print0(f"no row for TSTR: {error}")
-    p_inv = torch.stack([p_inv[i] for i in ids])
-    p_dist = torch.stack([p_dist[i] for i in ids])
-    return {title: dict(zip(ids, combine_teachers(p_inv, p_dist, score)))
-            for title, score in scores.items()}
+    return {title: combine_teachers(p_inv, p_dist, score) for title, score in scores.items()}
 
 
 def score_test_videos(ids, teachers, folder, videos, args, device):
@@ -321,13 +306,12 @@ def read_stage_1(saved, folder):
     raise UserError(f"{then}, from which a teacher was made, is not there or has changed")
 
 
-def class_probabilities(classifiers, videos, args, device, output, topk=1, show=None):
+def class_probabilities(classifiers, videos, args, device, output, topk=None):
     """Softmax of classifiers, averaged over uniformly spaced clips and centre crops of the given
     shares of the short side (Sec. 4.2): {id: (classifiers, C)}, without unreadable videos.
 
     classifiers: {name: content} of checkpoints whose clips are alike. output: the file that gets
-    the `topk` classes of each video as soon as they are known. show(id, {class: probability}):
-    called with them."""
+    the most probable class of each video as soon as it is known. topk: so many, printed, too."""
     models = [load_classifier(saved, device) for saved in classifiers.values()]
     trained = argparse.Namespace(**next(iter(classifiers.values()))["args"])
 
@@ -346,12 +330,13 @@ def class_probabilities(classifiers, videos, args, device, output, topk=1, show=
         for k, name in enumerate(classifiers):
             top = {UNREADABLE: None}
             if p is not None:
-                best = p[k].argsort(descending=True)[:topk].tolist()
+                best = p[k].argsort(descending=True)[:topk or 1].tolist()
                 top = {videos.classes[j]: round(p[k, j].item(), 4) for j in best}
             for predicted, share in top.items():
                 lines.writerow([name, videos.names[i], c, predicted, share])
-            if show:
-                show(i, top)
+            if topk and p is not None:  # in each process of torchrun, of its share of the videos
+                classes = ", ".join(f"{c} {100 * share:.1f} %" for c, share in top.items())
+                print0(f"{videos.names[i]}:", classes, everywhere=True)
 
     with contextlib.suppress(OSError):
         if rank() == 0:
@@ -391,18 +376,16 @@ def predict(args, device):
             raise UserError(f"{path}: no video here")
         names += files
 
-    def show(i, top):  # in each process of torchrun, of its share of the videos
-        if UNREADABLE not in top:
-            classes = ", ".join(f"{c} {100 * p:.1f} %" for c, p in top.items())
-            print_above_bar(f"{names[i]}:", classes)
-
     videos = Videos("", names, [-1] * len(names), saved["classes"])
     output = (args.output or args.checkpoint.parent) / "predictions.csv"
-    rows = class_probabilities(classifiers, videos, args, device, output, args.topk, show)
+    rows = class_probabilities(classifiers, videos, args, device, output, args.topk)
     if not rows:
         print0("none of these videos can be decoded")
         raise SystemExit(1)
-    require_writable(output, ELSEWHERE)
+    try:
+        open(output, "a").close()
+    except OSError as error:
+        raise UserError(f"{error}{ELSEWHERE}") from None
 
 
 # ---- Tables --------------------------------------------------------------------------------------

@@ -152,8 +152,7 @@ def weigh_videos(reweight, saved_teachers, names):
                         f"{' and '.join(saved_teachers)} are others: --reweight mean or a number")
     c_inv, c_dist = (find_moved(dict(zip(saved["similarity_names"], saved["similarity"])), names)
                      for saved in saved_teachers.values())
-    absent = len(names) - len(set(names) & c_inv.keys() & c_dist.keys())
-    if absent:
+    if absent := len(names) - len(set(names) & c_inv.keys() & c_dist.keys()):
         print0(f"{absent} of {len(names)} videos have no similarity from stage 1 (added since, or "
                "unreadable then): s = 0.5")
     try:

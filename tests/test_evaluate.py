@@ -245,14 +245,13 @@ def test_teachers_are_combined_by_the_similarity_of_the_test_video(chain, toy, t
     stage_1["args"]["clips"] = 3
     torch.save(stage_1, tmp_path / "inv.pt")
     p = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(0)).softmax(2)
-    p_inv, p_dist = (dict(enumerate(rows)) for rows in p)
     args = argparse.Namespace(workers=0, precision="fp32")
     other = load(chain, "inv")
     other["model"]["stem.0.weight"] += 1
     (tmp_path / "other").mkdir()
     torch.save(other, tmp_path / "other/inv.pt")
     rows, *fewer = (
-        evaluate.combine_on_test_videos(p_inv, p_dist, teachers, folder, videos, args, CPU)
+        evaluate.combine_on_test_videos(*p, range(8), teachers, folder, videos, args, CPU)
         for folder in (chain, tmp_path, tmp_path / "other"))
     assert [list(fewer_rows) for fewer_rows in fewer] == 2 * [["teachers, mean"]]
     printed = capsys.readouterr().out
