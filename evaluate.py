@@ -161,15 +161,15 @@ def evaluate_folder(folder, classifiers, args, device):
         p_inv, p_dist = (p[name] for name in teachers)
         both = combine_on_test_videos(p_inv, p_dist, ids, teachers, folder, videos, args, device)
         p |= both
-        for title in both:
-            described[title] = {
+        for name in both:
+            described[name] = {
                 **described[TEACHERS[0]],
-                "checkpoint": title,
+                "checkpoint": name,
                 "stage": "teachers",
                 "init": None,
                 "epochs": min(saved["epoch"] for saved in teachers.values()),
                 "finished": all(saved["finished"] for saved in teachers.values()),
-                **accuracies(p[title], ids, videos),
+                **accuracies(p[name], ids, videos),
             }
     seconds = round(time.perf_counter() - begin, 1)  # for all of them
     results = sorted(({**r, "seconds": seconds} for r in described.values()), key=lambda r: (

@@ -362,8 +362,9 @@ def test_each_video_is_printed_as_soon_as_it_is_done(classifier, toy, tmp_path):
     videos = [tb.read_videos("toy", toy, False).path(0), str(tmp_path / "pipe.avi")]
     with subprocess.Popen(
             [sys.executable, "evaluate.py", "--videos", *videos, "--checkpoint",
-             str(classifier), *EVALUATE], cwd=HERE, text=True, stdout=subprocess.PIPE) as process:
-        limit = threading.Timer(60, process.kill)
+             str(classifier), *EVALUATE], cwd=HERE, text=True, stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": ""}) as process:  # set, it flushes each line
+        limit = threading.Timer(120, process.kill)
         limit.start()
         line = process.stdout.readline()
         limit.cancel()
